@@ -1,0 +1,512 @@
+"Bad input beyond reading and downloading sections: one clear error each, what was there before untouched"
+import errno, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import anndata as ad, numpy as np, pytest, torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from histogene_nb.commands import histogene_predict, histogene_train, read_section, write_h5ad
+from histogene_nb.evaluation import html_report
+from histogene_nb.expression import common_genes, normalize, read_panel, select_panel
+from histogene_nb.model import HisToGene, from_pretrained, save_pretrained
+from histogene_nb.patches import extract_patches
+from histogene_nb.position import grid_positions
+from histogene_nb.sections import InputError, section_name
+from histogene_nb.superres import predict_image, predict_superres, recover_spots
+from histogene_nb.tissue import synthetic_section
+from histogene_nb.training import fit, predict, run_model, train, training_example
+
+TINY = dict(dim=16, depth=1, heads=2)
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Two sections as AnnData and .h5ad, a panel, a trained model in memory and in a folder"
+    folder = tmp_path_factory.mktemp('made')
+    sections = [synthetic_section(folder, n, px=1200) for n in ('X1', 'Y1')]
+    for s in sections: write_h5ad(s, folder/f'{section_name(s)}.h5ad')
+    panel = select_panel(sections, n_top=40, min_spots=20)
+    model, _ = train(sections, panel, epochs=1, lr=1e-3, **TINY)
+    save_pretrained(model, folder/'model')
+    return dict(folder=folder, sections=sections, panel=panel, model=model)
+
+@pytest.fixture
+def section(made): return made['sections'][0].copy()
+
+@pytest.fixture
+def model(made): return made['model']
+
+@pytest.fixture
+def panel(made): return made['panel']
+
+@pytest.fixture
+def saved(made, tmp_path): return Path(shutil.copytree(made['folder']/'model', tmp_path/'model'))
+
+@pytest.fixture
+def other_model(made):
+    "Of the same shape as `model`, for other genes"
+    genes = [g for g in made['sections'][0].var_names if g not in made['panel']][:len(made['panel'])]
+    return train(made['sections'], genes, epochs=1, lr=1e-3, seed=1, **TINY)[0]
+
+def refused(match, f, *args, **kwargs):
+    with pytest.raises(InputError, match=match) as e: f(*args, **kwargs)
+    return str(e.value)
+
+def with_image(section, path):
+    info = section.uns['spatial'][section_name(section)]
+    info['metadata']['source_image_path'], info['images'] = str(path), {}
+    return section
+
+def picture(section): return Path(section.uns['spatial'][section_name(section)]['metadata']['source_image_path'])
+
+def state(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+# --- images
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('format,options', [('jpeg', {}), ('png', {}), ('tiff', {}), ('tiff', dict(compression='tiff_lzw')), ('bmp', {})])
+def test_truncated_image(section, model, tmp_path, format, options):
+    path, cache = tmp_path/f'cut.{format}', tmp_path/'cache'
+    with Image.open(picture(section)) as im: im.save(path, format, **options)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
+    section = with_image(section, path)
+    for f in (lambda: extract_patches(section, cache=cache), lambda: predict(model, section), lambda: predict_superres(model, section),
+              lambda: predict_image(model, path, 112)):
+        message = refused('damaged or incomplete|cannot be read as an image', f)
+        assert path.name in message and 'again' in message
+    assert not cache.exists()
+
+def test_image_that_vanished(section, model, tmp_path):
+    path = tmp_path/'he.jpg'
+    shutil.copy(picture(section), path)
+    section = with_image(section, path)
+    extract_patches(section, cache=tmp_path/'cache')
+    path.unlink()
+    for f in (lambda: extract_patches(section, cache=tmp_path/'cache'), lambda: predict(model, section)):
+        assert 'he.jpg' in refused('of section X1 is not there any more. Put it back', f)
+    assert 'he.jpg' in refused('there is no such image', predict_image, model, path, 112)
+
+def test_image_of_another_size(section, tmp_path):
+    with Image.open(picture(section)) as im: im.resize((600, 600)).save(tmp_path/'small.jpg')
+    message = refused('600 x 600 pixels, but section X1 was made with one of 1200 x 1200', extract_patches, with_image(section, tmp_path/'small.jpg'))
+    assert 'small.jpg' in message and 'Put that image back' in message
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'CMYK', '1'])
+def test_image_modes(section, tmp_path, mode):
+    with Image.open(picture(section)) as im: im.convert(mode).save(tmp_path/'he.tif')
+    with Image.open(tmp_path/'he.tif') as im: as_rgb = np.asarray(im.convert('RGB'))
+    x,y = np.floor(section.obsm['spatial'][3]).astype(int) - 56
+    patches = extract_patches(with_image(section, tmp_path/'he.tif'))
+    assert patches.shape[1:] == (3, 112, 112) and (patches[3].permute(1, 2, 0).numpy() == as_rgb[y:y+112, x:x+112]).all()
+
+@pytest.mark.parametrize('dtype', [np.uint16, np.int32, np.float32])
+def test_deep_images(section, tmp_path, dtype):
+    with Image.open(picture(section)) as im: grey = np.asarray(im.convert('L')).astype(dtype)
+    Image.fromarray(grey*200).save(tmp_path/'deep.tif')
+    assert 'deep.tif' in refused('more than 8 bits.*Export it as 8-bit RGB', extract_patches, with_image(section, tmp_path/'deep.tif'))
+
+def test_image_without_tissue(model, tmp_path):
+    Image.new('RGB', (900, 900), 'white').save(tmp_path/'glass.png')
+    assert 'glass.png' in refused('no tissue', predict_image, model, tmp_path/'glass.png', 112)
+
+@pytest.mark.parametrize('diameter,match', [(0, 'above 0'), (-3, 'above 0'), (float('nan'), 'above 0'), (1e6, '1200 x 1200 pixels, less than one spot')])
+def test_spot_diameter_of_an_image(section, model, diameter, match): refused(match, predict_image, model, picture(section), diameter)
+
+def test_spot_diameter_of_a_section(section):
+    section.uns['spatial']['X1']['scalefactors']['spot_diameter_fullres'] = 0.
+    refused('X1: the spot diameter is 0 pixels', extract_patches, section)
+
+# --- genes
+
+def test_no_gene_in_common(made, section, model):
+    foreign = section.copy()
+    foreign.var_names = [f'ENSG{i:011}' for i in range(section.n_vars)]
+    refused("X1: none of the panel's .* genes is in this section. Do both use gene symbols", normalize, foreign, made['panel'])
+    refused('No gene is common to the 2 sections', common_genes, [section, foreign])
+    refused('No gene is common to the 2 sections', select_panel, [section, foreign])
+    refused("X1: none of the panel's", train, [foreign], made['panel'], **TINY)
+
+def test_no_gene_in_common_with_the_model(made, section, saved, tmp_path):
+    section.var_names = [f'ENSG{i:011}' for i in range(section.n_vars)]
+    file, out = write_h5ad(section, tmp_path/'foreign.h5ad'), tmp_path/'p.h5ad'
+    out.write_text('before')
+    assert 'foreign.h5ad' in refused(f"none of the model's {len(made['panel'])} genes", histogene_predict, str(saved), str(file), out=str(out))
+    assert out.read_text() == 'before' and not out.with_suffix('.json').exists()
+
+def test_panel_gene_missing(made, section, panel):
+    less = section[:, [g for g in section.var_names if g != panel[4]]].copy()
+    message = refused(f'X1: gene {panel[4]} of the panel is not in this section', normalize, less, panel)
+    assert 'common_genes' in message
+    refused(f'X1: gene {panel[4]} of the panel', train, [made['sections'][1], less], panel, **TINY)
+
+def test_no_counts_in_a_spot(section, panel):
+    X = section.X.toarray(); X[3] = 0
+    section.X = X
+    try: out = normalize(section, panel)
+    except InputError as e: assert section.obs_names[3] in str(e)
+    else: assert np.isfinite(out.X).all()
+
+@pytest.mark.parametrize('text,match', [(None, 'no such panel file'), ('', 'no gene in this file'), ('gene\n', 'no gene'), ('\n \n', 'no gene'),
+                                        ('gene\nA\nB\nA\n', 'gene A is listed twice'), (b'\xff\xfe\x00\x01', 'not a text file')])
+def test_bad_panel_file(tmp_path, text, match):
+    path = tmp_path/'panel.csv'
+    if text is not None: path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert 'panel.csv' in refused(match, read_panel, path)
+
+@pytest.mark.parametrize('text', ['gene\nA\nB\n', 'A\nB\n', '\ufeffGene\r\nA\r\nB\r\n', ',gene\n0,A\n1,B\n', 'rank,gene,p\n1,A,.5\n2,B,.6\n', '"gene"\n"A"\n"B"\n'])
+def test_panel_files(tmp_path, text):
+    (tmp_path/'panel.csv').write_bytes(text.encode())
+    assert read_panel(tmp_path/'panel.csv') == ['A', 'B']
+
+def test_no_sections(panel):
+    for f in (lambda: select_panel([]), lambda: common_genes([])): refused('There is no section', f)
+
+# --- positions
+
+def test_position_beyond_n_pos(made, section, saved):
+    far = section.copy()
+    far.obs['array_col'] += 60
+    message = refused(r'X1: position \(x=6\d, y=\d\) is beyond .* 64 positions', predict, made['model'], far)
+    assert 'larger n_pos' in message
+    refused('X1: position .* beyond', train, [far], made['panel'], epochs=1, **TINY)
+    refused(r'X1: position .* beyond .* 2 positions, 0 to 1', train, [section], made['panel'], epochs=1, n_pos=2, **TINY)
+    refused('X1: position .* beyond', predict_superres, made['model'], far)
+    refused('X1: position .* beyond', grid_positions, far, 64)
+
+def test_negative_position(section):
+    section.obs['array_row'] -= 3
+    refused(r'X1: position \(x=\d, y=-3\) is beyond', grid_positions, section)
+
+def test_image_that_needs_more_positions(section, model):
+    refused(r'X1: position \(x=\d+, y=-?\d+\) is beyond', predict_image, model, picture(section), 5)
+
+@pytest.mark.parametrize('factor', [0, 2, 3, -4, 2.25])
+def test_superres_factor(section, model, factor): refused('is a square', predict_superres, model, section, factor)
+
+def test_spots_of_another_section(made, model):
+    x, y = (s.copy() for s in made['sections'])
+    y.obsm['spatial'] = y.obsm['spatial'] + 5000
+    refused(f'Y1: spot {y.obs_names[0]} lies outside the super-resolved tissue', recover_spots, predict_superres(model, x), y)
+
+# --- a saved model
+
+def damage(file, f): file.write_bytes(f(file.read_bytes()))
+
+@pytest.mark.parametrize('f', [lambda b: b'', lambda b: b[:5], lambda b: b[:100], lambda b: b[:len(b)//2], lambda b: b[:-1], lambda b: b + b'xx',
+                               lambda b: os.urandom(len(b)), lambda b: b'\0'*len(b)],
+                         ids=['empty', 'five bytes', 'in the header', 'half', 'one byte short', 'two bytes long', 'random', 'zeros'])
+def test_corrupt_weights(saved, f):
+    damage(saved/'model.safetensors', f)
+    assert str(saved) in refused('this saved model is damaged.*Copy it again, or train it again', from_pretrained, saved)
+
+def test_pickle_is_not_read(saved, model):
+    torch.save(model.state_dict(), saved/'model.safetensors')
+    refused('damaged', from_pretrained, saved)
+
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '3', '"dim"', '{}', b'\xff\xfe', b'\0'*40])
+def test_corrupt_config(saved, text):
+    (saved/'config.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert str(saved) in refused('this saved model is damaged', from_pretrained, saved)
+
+@pytest.mark.parametrize('change,match', [
+    (dict(colour='blue'), "damaged.*'colour'"), (dict(dim=32), r'weights blocks.0.attention.out.bias have shape \(16,\), this model needs \(32,\)'),
+    (dict(depth=2), 'weights blocks.1.* are missing'), (dict(n_pos=32), r'weights x_embed.weight have shape \(64, 16\)'), (dict(patch_size=56), 'weights patch_embed'),
+    (dict(n_genes=3), 'damaged.*genes for 3 outputs'), (dict(heads=3), 'damaged.*multiple of heads'), (dict(heads=0), 'damaged'), (dict(depth=0), 'damaged'),
+    (dict(dim=-16), 'damaged'), (dict(dim='16'), 'damaged'), (dict(dim=10**10), 'damaged'), (dict(dropout=7), 'damaged.*dropout'), (dict(pixels='blue'), 'damaged.*pixels'),
+    (dict(depth=None), 'damaged'), (dict(about=None), 'damaged')])
+def test_config_that_does_not_fit(saved, change, match):
+    config = json.loads((saved/'config.json').read_text())
+    (saved/'config.json').write_text(json.dumps({**config, **change}))
+    assert str(saved) in refused(match, from_pretrained, saved)
+
+@pytest.mark.parametrize('genes', [[], ['A'], 'A'])
+def test_config_with_other_genes(saved, genes):
+    config = json.loads((saved/'config.json').read_text())
+    config['about']['genes'] = genes
+    (saved/'config.json').write_text(json.dumps(config))
+    refused('damaged.*genes for', from_pretrained, saved)
+
+def test_model_of_another_shape(saved, panel):
+    save_pretrained(HisToGene(n_genes=len(panel), dim=32, depth=1, heads=2), saved/'wide')
+    shutil.copy(saved/'wide/model.safetensors', saved/'model.safetensors')
+    message = refused('weights .* have shape .* of a model of another size', from_pretrained, saved)
+    assert str(saved) in message
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_file_of_the_model_missing(saved, name):
+    (saved/name).unlink()
+    assert name in refused('there is no such file.*Give the folder that histogene_train wrote', from_pretrained, saved)
+
+def test_model_that_does_not_know_its_genes(section):
+    refused('does not know its genes', predict, HisToGene(n_genes=3, **TINY), section)
+
+@pytest.mark.parametrize('options', [dict(heads=3), dict(heads=0), dict(depth=0), dict(dim=0), dict(dropout=2), dict(dropout=-1), dict(pixels='x'), dict(n_genes=0), dict(n_pos=0)])
+def test_impossible_models(options): refused(next(iter(options)), HisToGene, **{**dict(n_genes=5), **TINY, **options})
+
+def test_patches_and_positions_of_other_shapes(model):
+    patches, positions = torch.zeros(4, 3, 112, 112, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.long)
+    for p,q in ((patches[:3], positions), (patches[..., :100], positions), (patches, positions[:, :1]), (patches, positions + 64), (patches, positions - 1)):
+        with pytest.raises(InputError, match='positions'): run_model(model, p, q)
+
+# --- training
+
+def examples(made): return [training_example(s, made['panel']) for s in made['sections']]
+
+def fresh(made, **options):
+    torch.manual_seed(0)
+    return HisToGene(n_genes=len(made['panel']), **{**TINY, **options})
+
+def trained(made, file, epochs=2): fit(fresh(made), examples(made), epochs=epochs, lr=1e-3, checkpoint=file, progress=False)
+
+def without(file, part):
+    with safe_open(file, 'pt') as f: metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys() if part not in k}
+    save_file(tensors, file, metadata)
+
+@pytest.mark.parametrize('f', [lambda p: p.write_bytes(b''), lambda p: damage(p, lambda b: b[:-9]), lambda p: damage(p, lambda b: os.urandom(len(b))),
+                               lambda p: save_file(load_file(p), p), lambda p: without(p, 'adam.head'), lambda p: without(p, 'model.head')],
+                         ids=['empty', 'truncated', 'random', 'no state', 'no Adam', 'no weights'])
+def test_corrupt_training_checkpoint(made, tmp_path, f):
+    file = tmp_path/'training.safetensors'
+    trained(made, file)
+    f(file)
+    before = file.read_bytes()
+    message = refused('this checkpoint is damaged', fit, fresh(made), examples(made), epochs=3, lr=1e-3, checkpoint=file, progress=False)
+    assert 'training.safetensors' in message and 'Delete it' in message and file.read_bytes() == before
+
+def test_training_checkpoint_of_another_run(made, tmp_path):
+    file = tmp_path/'training.safetensors'
+    trained(made, file)
+    before, data = file.read_bytes(), examples(made)
+    run = dict(model=fresh(made), examples=data, epochs=3, lr=1e-3, checkpoint=file, progress=False)
+    for other in (dict(lr=1e-4), dict(seed=1), dict(augment=True), dict(examples=data[:1]), dict(examples=data[::-1]), dict(model=fresh(made, dim=32))):
+        message = refused('of a run with other data or settings', fit, **{**run, **other})
+        assert 'training.safetensors' in message and file.read_bytes() == before
+    refused('has done 2 epochs already, more than the 1', fit, **{**run, 'epochs': 1})
+
+def test_targets_that_are_not_finite(made):
+    data = examples(made)
+    for bad in (float('nan'), float('inf')):
+        targets = data[1][2].clone(); targets[3, 4] = bad
+        model = fresh(made)
+        before = model.head[1].weight.clone()
+        refused('targets of section 2 of 2 .* not finite', fit, model, [data[0], (*data[1][:2], targets)], epochs=1, progress=False)
+        assert torch.equal(model.head[1].weight, before)
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_patches_that_are_not_finite(made, tmp_path, value):
+    (patches, positions, targets), file = examples(made)[0], tmp_path/'training.safetensors'
+    patches = patches.float(); patches[2, 1, 5, 5] = value
+    refused('the loss is not finite in epoch 1', fit, fresh(made), [(patches, positions, targets)], epochs=1, checkpoint=file, every=1, progress=False)
+    assert not file.exists()
+
+def test_training_that_diverges(made, tmp_path):
+    file = tmp_path/'training.safetensors'
+    message = refused('the loss is not finite', fit, fresh(made), examples(made), epochs=30, lr=1e30, checkpoint=file, every=1, progress=False)
+    assert 'smaller learning rate' in message
+    if file.exists():
+        with safe_open(file, 'pt') as f: assert np.isfinite(json.loads(f.metadata()['state'])['losses']).all()
+
+@pytest.mark.parametrize('options', [dict(epochs=0), dict(epochs=-1), dict(every=0), dict(lr=0), dict(lr=-1.), dict(lr=float('nan'))])
+def test_impossible_training(made, options): refused('epochs and every are 1 or more', fit, fresh(made), examples(made), progress=False, **options)
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda', 'cuda:99', 'mps'])
+def test_device_that_is_not_there(made, section, device):
+    if device == 'cuda' and torch.cuda.is_available() or device == 'mps' and torch.backends.mps.is_available(): pytest.skip(f'there is {device} here')
+    refused(f"There is no device '{device}'", predict, made['model'], section, device)
+
+def test_nothing_to_train_on(made): refused('There is no section to train on', fit, fresh(made), [])
+
+RUN = """import sys, torch
+from pathlib import Path
+from histogene_nb.commands import read_section
+from histogene_nb.model import save_pretrained
+from histogene_nb.training import train
+folder, out, checkpoint = (Path(a) for a in sys.argv[1:4])
+sections = [read_section(str(folder/f'{n}.h5ad')) for n in ('X1', 'Y1')]
+genes = list(sections[0].var_names[:30])
+torch.set_num_threads(1)
+model, losses = train(sections, genes, epochs=int(sys.argv[4]), lr=1e-3, device='cpu', checkpoint=checkpoint if str(checkpoint) != '-' else None, every=1, dim=16, depth=1, heads=2)
+save_pretrained(model, out)
+print(losses)
+"""
+
+def test_killed_training_goes_on_as_if_it_had_not_been(made, tmp_path):
+    def run(out, checkpoint, epochs): return [sys.executable, '-c', RUN, made['folder'], tmp_path/out, checkpoint, str(epochs)]
+    file, env = tmp_path/'training.safetensors', {**os.environ, 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(run('never', file, 100_000), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(1200):
+            if file.exists(): break
+            time.sleep(.05)
+        time.sleep(.1)
+    finally: process.kill(); process.wait()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path/'never').exists()
+    with safe_open(file, 'pt') as f: done = len(json.loads(f.metadata()['state'])['losses'])
+    resumed = subprocess.run(run('resumed', file, done + 2), env=env, capture_output=True, text=True, check=True).stdout
+    whole = subprocess.run(run('whole', '-', done + 2), env=env, capture_output=True, text=True, check=True).stdout
+    assert resumed == whole
+    a, b = (load_file(tmp_path/o/'model.safetensors') for o in ('resumed', 'whole'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# --- a section in a file
+
+def change(path, f):
+    def g(a): return a.uns['spatial']['X1'][path] if path else a
+    return lambda a: f(g(a))
+
+def set_count(value):
+    def f(a):
+        X = a.X.toarray(); X[3, 5] = value
+        a.X = X
+    return f
+
+@pytest.mark.parametrize('f,match', [
+    (lambda a: a.obsm.pop('spatial'), r"obsm\['spatial'\] is missing"), (lambda a: a.uns.pop('spatial'), r"uns\['spatial'\] is missing"),
+    (lambda a: a.obs.pop('array_col'), r"obs\['array_col'\] is missing"), (lambda a: a.uns['spatial'].update(X2={'a': 1}), 'has 2'),
+    (set_count(-5), 'gene KRT19 at spot 0x1 is negative'), (set_count(.5), 'gene KRT19 at spot 0x1 is fractional'), (set_count(np.nan), 'gene KRT19 at spot 0x1 is not a number'),
+    (change('scalefactors', lambda s: s.pop('spot_diameter_fullres')), 'spot_diameter_fullres'), (change('scalefactors', lambda s: s.update(spot_diameter_fullres=0.)), 'spot diameter of 0'),
+    (change('scalefactors', lambda s: s.update(spot_diameter_fullres=np.nan)), 'spot diameter of nan'), (change('metadata', lambda m: m.update(source_image_path='gone.jpg')), 'gone.jpg: there is no such image'),
+    (lambda a: a.obsm['spatial'].__setitem__(2, [50_000, 5]), 'spot 2x0 at pixel .* is outside the image'), (lambda a: a.obsm['spatial'].__setitem__(2, np.nan), 'spot 2x0 has no pixel position'),
+    (lambda a: a.obs.__setitem__('array_col', [f'c{i}' for i in range(len(a))]), "array_col.*other than whole numbers"), (lambda a: a.obs.__setitem__('array_col', np.nan), 'array_col'),
+    (lambda a: a.obs.__setitem__('array_col', 0), 'array position 0x0 is there twice'), (lambda a: setattr(a, 'var_names', ['A', 'A', *a.var_names[2:]]), 'gene A is there twice'),
+    (lambda a: setattr(a, 'obs_names', ['s', 's', *a.obs_names[2:]]), 'spot s is there twice')])
+@pytest.mark.filterwarnings('ignore')
+def test_h5ad_that_is_no_section(section, tmp_path, f, match):
+    section.obs_names = [f'{x}x{y}' for x,y in zip(section.obs.array_col, section.obs.array_row)]
+    assert section.var_names[5] == 'KRT19' and list(section.obs_names[2:4]) == ['2x0', '0x1']
+    f(section)
+    section.write_h5ad(tmp_path/'odd.h5ad')
+    assert 'odd.h5ad' in refused(match, read_section, tmp_path/'odd.h5ad')
+
+@pytest.mark.parametrize('f', [lambda a: setattr(a, 'X', a.X.toarray()), lambda a: setattr(a, 'X', a.X.astype(int)), lambda a: setattr(a, 'X', a.X.tocsc()), lambda a: a.uns.pop('histogene'),
+                               lambda a: a.uns['spatial']['X1'].pop('images'), lambda a: a.uns['spatial']['X1']['metadata'].pop('image_width')],
+                         ids=['dense', 'integers', 'csc', 'no uns histogene', 'no images', 'no image width'])
+def test_h5ad_of_other_programs(section, model, panel, tmp_path, f):
+    expected = predict(model, section).X, normalize(section, panel).X
+    f(section)
+    section.write_h5ad(tmp_path/'other.h5ad')
+    again = read_section(tmp_path/'other.h5ad')
+    assert (predict(model, again).X == expected[0]).all() and np.allclose(normalize(again, panel).X, expected[1], atol=1e-6)
+    assert len(predict_superres(model, again))
+
+@pytest.mark.parametrize('content', [None, b'', b'hello', 'half'])
+def test_h5ad_that_cannot_be_read(made, tmp_path, content):
+    path = tmp_path/'bad.h5ad'
+    if content == 'half': content = (made['folder']/'X1.h5ad').read_bytes()[:50_000]
+    if content is not None: path.write_bytes(content)
+    assert 'bad.h5ad' in refused('there is no such file|cannot be read', read_section, path)
+
+def test_section_without_counts(section, saved, tmp_path):
+    file, out = write_h5ad(section[:, :0].copy(), tmp_path/'bare.h5ad'), tmp_path/'p.h5ad'
+    histogene_predict(str(saved), str(file), out=str(out))
+    assert ad.read_h5ad(out).n_obs == len(section) and json.loads(out.with_suffix('.json').read_text())['results'] == {}
+
+def test_prediction_does_not_overwrite_its_section(made, saved, tmp_path):
+    file = Path(shutil.copy(made['folder']/'X1.h5ad', tmp_path))
+    before = file.read_bytes()
+    assert 'X1.h5ad' in refused('this is the section itself', histogene_predict, str(saved), str(file), out=str(file))
+    assert file.read_bytes() == before
+
+@pytest.mark.parametrize('name', ['a b', 'é-1.2', '.x', "it's", '100%'])
+def test_odd_names(section, model, tmp_path, name):
+    path = tmp_path/f'{name}.jpg'
+    shutil.copy(picture(section), path)
+    out = write_h5ad(predict_image(model, path, 112), tmp_path/f'{name}.h5ad')
+    assert section_name(ad.read_h5ad(out)) == path.stem
+
+# --- a full disk
+
+@pytest.fixture
+def full_disk(tmp_path):
+    "A file system of its own with little room: `fill(n)` leaves n bytes"
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('no right to mount a small file system here')
+    def fill(left):
+        (disk/'filler').unlink(missing_ok=True)
+        free = os.statvfs(disk).f_bavail*os.statvfs(disk).f_frsize
+        with open(disk/'filler', 'wb') as f: f.write(b'\0'*(free - left))
+    yield disk, fill
+    subprocess.run(['umount', '-l', disk], check=True)
+
+def savers(made, other_model):
+    "What writes where, once with something small and once with what is to be refused"
+    x, y = made['sections']
+    return {'model': lambda f, first: save_pretrained(made['model'] if first else other_model, f),
+            'checkpoint': lambda f, first: fit(fresh(made), examples(made), epochs=1 if first else 2, lr=1e-3, checkpoint=f/'training.safetensors', progress=False),
+            'h5ad': lambda f, first: write_h5ad(x if first else y, f/'s.h5ad'),
+            'cache': lambda f, first: extract_patches(x if first else y, 56 if first else 112, cache=f),
+            'report': lambda f, first: html_report(f/'report.html', 'title', texts={'a': 'b'*(10 if first else 200_000)}),
+            'tissue': lambda f, first: synthetic_section(f, 'X1' , seed=0 if first else 1, px=1200)}
+
+WHAT = ['model', 'checkpoint', 'h5ad', 'cache', 'report', 'tissue']
+
+@pytest.mark.filterwarnings('ignore')                                       # h5py warns of each object that it could not write
+@pytest.mark.parametrize('left', [0, 16_384])
+@pytest.mark.parametrize('what', WHAT)
+def test_full_disk(made, other_model, full_disk, what, left):
+    disk, fill = full_disk
+    save = savers(made, other_model)[what]
+    save(disk/'out', True)
+    before = state(disk/'out')
+    fill(left)
+    message = refused(str(disk/'out'), save, disk/'out', False)
+    assert 'free some space' in message.lower() and ('No space left' in message or 'requested and' in message)     # NumPy: '... requested and 256 written'
+    assert before and state(disk/'out') == before
+    (disk/'filler').unlink()
+    save(disk/'out', False)
+    assert state(disk/'out') != before
+
+@pytest.mark.parametrize('what', WHAT)
+def test_disk_that_fails_at_the_last_step(made, other_model, tmp_path, monkeypatch, what):
+    save = savers(made, other_model)[what]
+    save(tmp_path/'out', True)
+    before = state(tmp_path/'out')
+    def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        refused('No space left', save, tmp_path/'out', False)
+    assert state(tmp_path/'out') == before
+
+def test_model_is_still_itself_after_a_failed_save(made, other_model, saved, monkeypatch):
+    "Weights and description are of one model, whichever file could not be written"
+    replace = os.replace
+    def full(source, target):
+        if Path(target).name == 'model.safetensors': raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+    before = state(saved)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        refused('model.safetensors.*No space left', save_pretrained, other_model, saved)
+    assert state(saved) == before and from_pretrained(saved).about['genes'] == made['panel']
+
+def test_limit_on_the_size_of_files(made, tmp_path):
+    "What a quota does: the write itself fails, in another process"
+    resource = pytest.importorskip('resource')
+    code = ('import sys, resource, signal; from histogene_nb.commands import *; from histogene_nb.model import *; from histogene_nb.sections import InputError\n'
+            'section, model = read_section(sys.argv[1]), from_pretrained(sys.argv[2])\n'
+            'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n'
+            'for save in (lambda: save_pretrained(model, sys.argv[3]), lambda: write_h5ad(section, sys.argv[3] + "/s.h5ad")):\n'
+            '    try: save()\n'
+            '    except InputError as e: print("refused", e)\n')
+    out = tmp_path/'out'
+    r = subprocess.run([sys.executable, '-c', code, made['folder']/'X1.h5ad', made['folder']/'model', out], capture_output=True, text=True)
+    assert r.stdout.count('refused') == 2 and f'{out/"model.safetensors"}: cannot' in r.stdout and f'{out/"s.h5ad"}: cannot' in r.stdout, r.stdout
+    assert not [p for p in out.rglob('*') if p.is_file()]
+
+@pytest.mark.parametrize('what', ['model', 'h5ad', 'report'])
+def test_folder_that_cannot_be_written(made, other_model, tmp_path, what):
+    if os.geteuid() == 0: pytest.skip('root may write anywhere')
+    save = savers(made, other_model)[what]
+    save(tmp_path/'out', True)
+    before = state(tmp_path/'out')
+    (tmp_path/'out').chmod(0o500)
+    try: refused('cannot', save, tmp_path/'out', False)
+    finally: (tmp_path/'out').chmod(0o700)
+    assert state(tmp_path/'out') == before
+
+def test_out_is_a_file(made, tmp_path):
+    (tmp_path/'out').write_text('mine')
+    files = [str(made['folder']/'X1.h5ad')]
+    refused('this folder cannot be made', histogene_train, files, out=str(tmp_path/'out'), min_spots=5, epochs=1, **TINY)
+    refused('this folder cannot be made', histogene_train, files, out=str(tmp_path/'out/model'), min_spots=5, epochs=1, **TINY)
+    assert (tmp_path/'out').read_text() == 'mine'

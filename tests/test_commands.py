@@ -1,0 +1,228 @@
+"The commands as they are typed: what they print, what they write, and how they fail"
+import json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import anndata as ad, numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file
+from histogene_nb.commands import histogene_download, histogene_predict, histogene_train, read_section, write_h5ad
+from histogene_nb.model import from_pretrained
+from histogene_nb.sections import InputError, section_name, write_her2st
+from histogene_nb.tissue import synthetic_section
+
+NAMES = ['histogene_demo', 'histogene_download', 'histogene_predict', 'histogene_train']
+TINY = '--dim 16 --depth 1 --heads 2 --lr 1e-3 --epochs 2 --n-top 40 --min-spots 20'.split()
+
+def command(name):
+    path = shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None: pytest.skip(f'{name} is not installed beside {sys.executable}')
+    return path
+
+def start(name, *args, **kwargs):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', 'COLUMNS': '160'}
+    return subprocess.Popen([command(name), *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **kwargs)
+
+def finish(process):
+    process.out, process.err = process.communicate()
+    return process
+
+def run(name, *args, **kwargs):
+    process = finish(start(name, *args, **kwargs))
+    assert process.returncode == 0, process.err
+    return process
+
+def run_all(*commands, **kwargs): return [finish(p) for p in [start(*c, **kwargs) for c in commands]]
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "Sections as .h5ad, and the same in the HER2+ layout"
+    folder = tmp_path_factory.mktemp('sections')
+    for n in ('X1', 'X2', 'Y1'):
+        section = synthetic_section(folder, n, px=1200)
+        write_h5ad(section, folder/f'{n}.h5ad')
+        write_her2st(section, folder/'her2st')
+    return folder
+
+@pytest.fixture(scope='module')
+def model(files):
+    "Trained by the command on two .h5ad files"
+    process = run('histogene_train', files/'X1.h5ad', files/'X2.h5ad', '--out', files/'model', *TINY)
+    assert re.search(r'2 sections, \d+ spots, \d+ genes, on \w+', process.out) and re.search(r'loss [\d.]+ -> [\d.]+ in \d+ s', process.out)
+    assert '2/2' in process.err and 'Traceback' not in process.err
+    return files/'model'
+
+# --- help
+
+def test_help():
+    options = dict(histogene_demo='--out --epochs --seed --device', histogene_download='--sections --root --images',
+                   histogene_predict='model --section --image --spot --superres --out --root --device --cache',
+                   histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --cache')
+    for name,process in zip(NAMES, run_all(*([n, '--help'] for n in NAMES))):
+        assert process.returncode == 0 and not process.err
+        text = process.out.split('positional arguments:')[-1].split('options:')
+        assert process.out.startswith(f'usage: {name} ')
+        for option in options[name].split(): assert re.search(rf'^  (-h, )?{option}', process.out, re.M), (name, option)
+        for line in re.sub(r'\n {6,}', '  ', process.out.split('show this help message and exit\n')[1]).splitlines():
+            if line: assert re.match(r'  --?\w[\w-]*( \S+| \[.*\])?  +\S', line), f'{name}: nothing said of {line!r}'
+        assert not re.search(r'\(default: .*\(default:', process.out)
+
+# --- train
+
+def test_trained_model(model, files):
+    assert sorted(p.name for p in model.iterdir()) == ['config.json', 'model.safetensors']
+    net = from_pretrained(model)
+    about = net.about
+    assert about['sections'] == ['X1', 'X2'] and about['normalization'] == 'paper' and about['spot_diameter'] == 112
+    assert net.config['dim'] == 16 and net.config['n_genes'] == len(about['genes']) and len(about['training']['losses']) == 2
+    made_by = about['provenance']
+    assert made_by['command'].startswith('histogene_train ') and {'histogene_nb', 'torch', 'device', 'date', 'seconds'} <= made_by.keys()
+
+def test_trained_again_is_the_same(model, files, tmp_path):
+    "From the HER2+ layout, with the panel from a file"
+    panel = tmp_path/'panel.csv'
+    pd.DataFrame(dict(gene=from_pretrained(model).about['genes'])).to_csv(panel, index=False)
+    run('histogene_train', 'X1', 'X2', '--root', files/'her2st', '--panel', panel, '--out', tmp_path/'model', *TINY)
+    a, b = (load_file(m/'model.safetensors') for m in (model, tmp_path/'model'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def checkpoint_after(process, file):
+    for _ in range(1200):
+        if file.exists() or process.poll() is not None: break
+        time.sleep(.05)
+    assert file.exists(), process.communicate()
+
+def test_interrupted_and_continued(files, tmp_path):
+    args = [files/'X1.h5ad', '--out', tmp_path/'model', *TINY, '--every', 1]
+    process = start('histogene_train', *args, '--epochs', 100_000)
+    file = tmp_path/'model/training.safetensors'
+    checkpoint_after(process, file)
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    assert process.returncode == 1 and 'Traceback' not in process.err
+    assert process.err.strip().splitlines()[-1] == 'histogene_train: interrupted. Give the same command again to go on from the last checkpoint.'
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    from safetensors import safe_open
+    with safe_open(file, 'pt') as f: done = len(json.loads(f.metadata()['state'])['losses'])
+    resumed = run('histogene_train', *args, '--epochs', done + 1)
+    assert f'{done + 1}/{done + 1}' in resumed.err
+    assert sorted(p.name for p in file.parent.iterdir()) == ['config.json', 'model.safetensors']
+    assert len(from_pretrained(tmp_path/'model').about['training']['losses']) == done + 1
+
+# --- predict
+
+@pytest.fixture(scope='module')
+def predictions(model, files):
+    "At spots, at 4x, from the image alone and again at 4x: the finished processes and what they wrote"
+    commands = dict(spots=['--section', files/'Y1.h5ad'], x4=['--section', 'Y1', '--root', files/'her2st', '--superres', 4],
+                    image=['--image', files/'Y1.jpg', '--spot-diameter', 112], image_x4=['--image', files/'Y1.jpg', '--spot_diameter=112', '--superres', '4'])
+    done = run_all(*(['histogene_predict', model, *c, '--out', files/f'{k}.h5ad'] for k,c in commands.items()))
+    for p in done: assert p.returncode == 0 and 'Traceback' not in p.err, p.err
+    return {k: (p, ad.read_h5ad(files/f'{k}.h5ad'), json.loads((files/f'{k}.json').read_text())) for k,p in zip(commands, done)}
+
+def test_predicted_at_spots(predictions, model, files):
+    process, predicted, beside = predictions['spots']
+    measured = read_section(files/'Y1.h5ad')
+    assert list(predicted.obs_names) == list(measured.obs_names) and (predicted.obsm['spatial'] == measured.obsm['spatial']).all()
+    assert list(predicted.var_names) == from_pretrained(model).about['genes'] and predicted.X.dtype == np.float32 and np.isfinite(predicted.X).all()
+    assert 'HisToGene at the' in process.out and 'mean r' in process.out and f'{predicted.n_obs} x {predicted.n_vars} (spots x genes)' in process.out
+    assert set(beside['results']) == {'HisToGene'} and -1 <= beside['results']['HisToGene']['mean_r'] <= 1
+
+def test_predicted_at_4x(predictions, files):
+    process, dense, beside = predictions['x4']
+    spots = predictions['spots'][1]
+    assert dense.n_obs > 2*spots.n_obs and list(dense.var_names) == list(spots.var_names) and np.isfinite(dense.X).all()
+    assert dense.uns['spatial']['Y1']['scalefactors']['spot_diameter_fullres'] == 56
+    assert set(beside['results']) == {'HisToGene*'} and beside['superres'] == 4
+
+def test_predicted_from_the_image_alone(predictions):
+    (process, whole, beside), (_, dense, _) = predictions['image'], predictions['image_x4']
+    assert 'patches x genes' in process.out and beside['results'] == {} and beside['section'].endswith('Y1.jpg')
+    assert whole.uns['spatial']['Y1']['scalefactors']['spot_diameter_fullres'] == 112 and 2*whole.n_obs < dense.n_obs < 6*whole.n_obs
+
+@pytest.mark.parametrize('kind', ['spots', 'x4', 'image', 'image_x4'])
+def test_provenance(predictions, kind):
+    _, predicted, beside = predictions[kind]
+    assert beside['command'].startswith('histogene_predict ') and beside['trained_on'] == ['X1', 'X2']
+    assert {'histogene_nb', 'torch', 'device', 'threads', 'date', 'seconds', 'training', 'superres'} <= beside.keys()
+    assert predicted.uns['histogene']['command'] == beside['command'] and predicted.uns['histogene']['normalization'] == 'paper'
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['spots', 'x4', 'image'])
+def test_scanpy_opens_it(files, predictions, kind):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt, scanpy as sc
+    a = sc.read_h5ad(files/f'{kind}.h5ad')
+    gene = a.var_names[0]
+    sc.pl.spatial(a, color=gene, show=False)
+    sc.pl.embedding(a, basis='spatial', color=gene, show=False)
+    sc.pp.pca(a, n_comps=3)
+    plt.close('all')
+
+# --- from a notebook
+
+def test_called_as_a_function(model, files, tmp_path, predictions):
+    histogene_predict(str(model), str(files/'Y1.h5ad'), out=str(tmp_path/'p.h5ad'))
+    assert np.allclose(ad.read_h5ad(tmp_path/'p.h5ad').X, predictions['spots'][1].X, atol=1e-5)
+    assert json.loads((tmp_path/'p.json').read_text())['command'].startswith("histogene_predict('")
+    with pytest.raises(InputError, match='trained model already'): histogene_train([str(files/'X1.h5ad')], out=str(model))
+
+# --- errors
+
+def test_errors_are_one_line(model, files, tmp_path):
+    (tmp_path/'cut.jpg').write_bytes((files/'Y1.jpg').read_bytes()[:50_000])
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    def out(n): return ['--out', tmp_path/n]
+    cases = [(['histogene_train', files/'X1.h5ad', '--out', model, *TINY], 'there is a trained model already'),
+             (['histogene_train', 'Q9', '--root', files/'her2st', *out('m1')], 'Q9'),
+             (['histogene_train', files/'X1.h5ad', '--device', 'cuda:77', *TINY, *out('m2')], "There is no device 'cuda:77'"),
+             (['histogene_train', files/'X1.h5ad', *TINY, '--epochs', 0, *out('m3')], 'epochs'),
+             (['histogene_train', files/'X1.h5ad', *TINY, '--heads', 3, *out('m4')], 'multiple of heads'),
+             (['histogene_predict', tmp_path/'nothing', '--section', files/'Y1.h5ad', *out('p.h5ad')], 'is no saved model'),
+             (['histogene_predict', model, '--section', files/'Z9.h5ad', *out('p.h5ad')], 'Z9.h5ad'),
+             (['histogene_predict', model, '--image', tmp_path/'cut.jpg', '--spot-diameter', 112, *out('p.h5ad')], 'cut.jpg'),
+             (['histogene_predict', model, *out('p.h5ad')], 'Give either a section or --image'),
+             (['histogene_predict', model, '--section', files/'Y1.h5ad', '--superres', 3, *out('p.h5ad')], 'is a square'),
+             (['histogene_predict', model, '--section', files/'Y1.h5ad', '--out', files/'Y1.h5ad'], 'the section itself'),
+             (['histogene_download', '--sections', 'B4', 'J7', '--images', 0, '--root', tmp_path/'data'], "no section 'J7'")]
+    done = [p for i in range(0, len(cases), 3) for p in run_all(*(c for c,_ in cases[i:i+3]))]
+    for (args,message),p in zip(cases, done):
+        lines = [l for l in p.err.splitlines() if l.strip() and not re.search(r'\d+/\d+|\d+%', l)]
+        assert p.returncode == 1 and len(lines) == 1 and lines[0].startswith(f'{args[0]}: ') and message in lines[0], (args, p.returncode, p.err)
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+    assert not [p for p in tmp_path.rglob('*') if p.is_file() and p.name != 'cut.jpg'], 'something was written'
+
+def test_unknown_option():
+    for p in run_all(['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train']): assert p.returncode == 2 and p.err.startswith('usage:') and 'Traceback' not in p.err
+
+# --- download and demo
+
+@pytest.mark.parametrize('typed,expected', [([], (None, None, True)), (['--images', '0'], (None, None, False)), (['--images', 'False', '--root', 'r'], ('r', None, False)),
+                                            (['--sections', 'B4', 'C2'], (None, ['B4', 'C2'], True))])
+def test_download_options(typed, expected):
+    from fastcore.script import anno_parser
+    args = anno_parser(histogene_download).parse_args(typed)
+    assert (args.root, args.sections, args.images) == expected
+
+def test_demo(tmp_path):
+    process = run('histogene_demo', '--epochs', 2, '--out', tmp_path/'demo')
+    assert {p.name for p in (tmp_path/'demo').iterdir()} == {'sections', 'model', 'observed.h5ad', 'predicted.h5ad', 'predicted_4x.h5ad', 'report.html'}
+    page = (tmp_path/'demo/report.html').read_text(encoding='utf-8')
+    assert page.count('src="data:image/png;base64,') >= 3 and page.count('<img') == page.count('src="data:')
+    assert not re.search(r'(?:src|href)="(?!data:|#)|url\((?!data:)|@import|<script|<link', page)
+    assert 'Held-out maps' in page and 'Mean r over' in page and 'position on the array alone' in page and 'HisToGene*' in page
+    for name in ('HisToGene', 'HisToGene*', 'position only'): assert name in process.out
+    a, dense = (ad.read_h5ad(tmp_path/f'demo/{n}.h5ad') for n in ('predicted', 'predicted_4x'))
+    assert section_name(a) == section_name(dense) == 'Z2' and dense.n_obs > 2*a.n_obs
+
+# --- the real sections
+
+def test_real_sections(tmp_path):
+    if not os.environ.get('HISTOGENE_DATA'): pytest.skip('HISTOGENE_DATA is not set: it names the folder that holds her2st')
+    panel = Path(os.environ['HISTOGENE_DATA'])/'reference/published_panel_785.csv'
+    out, cache = tmp_path/'model', ['--cache', tmp_path/'cache']
+    run('histogene_train', 'B4', '--panel', panel, '--out', out, '--dim', 32, '--depth', 1, '--heads', 2, '--epochs', 1, '--lr', 1e-3, *cache)
+    spots, dense = run_all(['histogene_predict', out, '--section', 'C3', '--out', tmp_path/'C3.h5ad', *cache],
+                           ['histogene_predict', out, '--section', 'C3', '--superres', 4, '--out', tmp_path/'C3_4x.h5ad', *cache])
+    assert spots.returncode == dense.returncode == 0, spots.err + dense.err
+    a, b = ad.read_h5ad(tmp_path/'C3.h5ad'), ad.read_h5ad(tmp_path/'C3_4x.h5ad')
+    assert a.n_vars == b.n_vars == 785 and a.n_obs == read_section('C3').n_obs and b.n_obs > 3*a.n_obs and np.isfinite(b.X).all()
+    for name in ('C3', 'C3_4x'): assert json.loads((tmp_path/f'{name}.json').read_text())['results']

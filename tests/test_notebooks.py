@@ -1,0 +1,21 @@
+"""Every notebook runs from top to bottom, in a new kernel and an empty folder, as it would in Colab."""
+import re
+import nbformat, pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from conftest import name, notebooks
+
+def runs(cell):
+    "Not what nbdev leaves out too: cells marked `#| eval: false` or `#| slow`"
+    flags = [l[2:].replace(' ', '') for l in cell.source.splitlines() if l.startswith('#|')]
+    return cell.cell_type == 'code' and 'eval:false' not in flags and 'slow' not in flags
+
+@pytest.mark.parametrize('path', notebooks(), ids=name)
+def test_notebook(path, tmp_path):
+    nb = nbformat.read(path, 4)
+    nb.cells = [c for c in nb.cells if runs(c)]
+    nb.metadata = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}
+    client = NotebookClient(nb, timeout=1200, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}})
+    try: client.execute(); error = ''
+    except CellExecutionError as e: error = re.sub(r'\x1b\[[0-9;]*m', '', str(e))
+    if error: pytest.fail(f'{name(path)}: {error}', pytrace=False)

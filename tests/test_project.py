@@ -1,0 +1,150 @@
+"""What holds for the project as a whole: notebooks, library and README agree, the wheel is complete, everything is described."""
+import ast, importlib, inspect, json, re, shutil, subprocess, sys, zipfile
+from pathlib import Path
+import pytest
+from fastcore.docments import docments
+from conftest import cells, name, notebooks, root
+
+made = 'settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml nbs histogene_nb'.split()
+modules = sorted(p.stem for p in (root/'histogene_nb').glob('*.py') if not p.name.startswith('_'))
+all_notebooks = pytest.mark.parametrize('path', notebooks(), ids=name)
+all_modules = pytest.mark.parametrize('module', modules)
+
+def run(*args, cwd): return subprocess.run([str(a) for a in args], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+@pytest.fixture
+def copy(tmp_path):
+    "The project without what git does not hold"
+    for o in made:
+        if (root/o).is_dir(): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'nbdev.yml'))
+        else: shutil.copy(root/o, tmp_path/o)
+    return tmp_path
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+
+# ---- in sync
+
+def test_in_sync(copy):
+    "`make sync` changes nothing."
+    before, bin = files(copy), Path(sys.executable).parent
+    run(bin/'nbdev_export', cwd=copy)
+    run(bin/'nbdev_clean', cwd=copy)
+    after = files(copy)
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    assert not changed, f"make sync would change {', '.join(changed)}"
+
+def test_modules_have_notebooks():
+    "Nothing is in the library that no notebook exports: a renamed notebook leaves its old module behind."
+    exported = {re.search(r'^#\| *default_exp (\S+)', c['source'], re.M)[1] for p in notebooks('library') for c in cells(p)
+                if re.search(r'^#\| *default_exp (\S+)', c['source'], re.M)}
+    assert exported == set(modules)
+
+def test_readme():
+    import readme
+    assert (root/'README.md').read_text(encoding='utf-8') == readme.readme(), 'README.md is not that of nbs/index.ipynb: make sync'
+
+def test_readme_from_cells():
+    "Hidden cells are left out, code and what it printed are fenced, links to notebooks go to the site."
+    import readme
+    def code(s, **out): return dict(cell_type='code', source=s, outputs=[out] if out else [])
+    def blocks(c): return list(readme.blocks(c, 'https://site'))
+    assert blocks(code('#| hide\n1')) == []
+    assert blocks(code('#| echo: false\n1', output_type='stream', text='a\n')) == ['```\na\n```']
+    assert blocks(code('#| eval: false\n1+1')) == ['```python\n1+1\n```']
+    assert blocks(code('x', output_type='execute_result', data={'image/png': '', 'text/plain': '<Figure>'})) == ['```python\nx\n```']
+    assert blocks(dict(cell_type='raw', source='---\na: 1\n---')) == []
+    page = dict(cell_type='markdown', source='[a](library/01_tissue.ipynb#x) [b](https://other/c.ipynb)')
+    assert blocks(page) == ['[a](https://site/library/tissue.html#x) [b](https://other/c.ipynb)']
+
+
+# ---- the wheel
+
+def test_wheel(copy, about):
+    "The wheel, built from the sdist, holds every module and data file; it requires no nbdev, and nothing with an upper bound."
+    run(sys.executable, '-m', 'build', '--no-isolation', cwd=copy)
+    wheel = zipfile.ZipFile(next((copy/'dist').glob('*.whl')))
+    want = {str(p.relative_to(root)) for p in (root/'histogene_nb').rglob('*') if p.suffix in ('.py', '.json', '.csv')}
+    assert not want - set(wheel.namelist())
+    info = next(n for n in wheel.namelist() if n.endswith('METADATA'))
+    requires = [l for l in wheel.read(info).decode().splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l]
+    assert len(requires) == len(about['requirements'].split())
+    assert not [l for l in requires if 'nbdev' in l or '<' in l or '==' in l]
+    scripts = wheel.read(info.replace('METADATA', 'entry_points.txt')).decode()
+    for s in about['console_scripts'].split(): assert s.replace('=', ' = ') in scripts
+
+
+# ---- notebooks
+
+@all_notebooks
+def test_opening(path):
+    "A notebook says what it is and in one line what it is for."
+    first = cells(path, 'markdown')[0]['source']
+    assert re.match(r'# \S.*\n+> \S', first), f'{name(path)} does not open with a title and a > line'
+
+@all_notebooks
+def test_no_nbdev(path):
+    "Readers in Colab have no nbdev."
+    for c in cells(path):
+        source = re.sub(r'^\s*[%!].*', 'pass', c['source'], flags=re.M)
+        names = [n for o in ast.walk(ast.parse(source)) for n in
+                 ([a.name for a in o.names] if isinstance(o, ast.Import) else [o.module or ''] if isinstance(o, ast.ImportFrom) else [])]
+        assert not [n for n in names if n.split('.')[0] == 'nbdev']
+
+machine_path = re.compile(r'(?<![\w.])(?:/(?:home|Users|root|tmp|var|private|mnt|opt|work)/[\w.-]+|[A-Z]:\\+Users)')
+
+@all_notebooks
+def test_outputs(path):
+    "Outputs are saved, for the site shows those: no error, no path of the machine it was run on, small enough to open in Colab."
+    assert path.stat().st_size < 3e6
+    run = [c for c in cells(path) if not re.search(r'^#\| *(export|hide|default_exp|eval: *false)', c['source'], re.M)]
+    assert not run or any(c['outputs'] for c in run), f'{name(path)} was saved without outputs: run it from top to bottom and save it'
+    for c in cells(path):
+        assert not [o for o in c['outputs'] if o['output_type'] == 'error'], f"saved error after:\n{c['source']}"
+        shown = [{**o, 'data': {k: v for k, v in o.get('data', {}).items() if not k.startswith('image/')}} for o in c['outputs']]
+        assert not (m := machine_path.search(json.dumps(shown))), f"{m[0]} in what is saved after:\n{c['source']}"
+        assert not (m := machine_path.search(c['source'])), f"{m[0]} in:\n{c['source']}"
+
+@all_notebooks
+def test_addresses(path, about):
+    "Links to the project's own repository are those of settings.ini."
+    text = ''.join(c['source'] for c in cells(path, 'markdown'))
+    for user, repo in re.findall(r'github(?:\.com)?/([\w-]+)/(histogene_nb)\b', text):
+        assert (user, repo) == (about['user'], about['repo'])
+
+
+# ---- every exported name is described
+
+def returns_value(f):
+    "Does the function return something?"
+    tree = ast.parse(inspect.cleandoc('\n' + inspect.getsource(f)) if inspect.getsource(f)[0].isspace() else inspect.getsource(f))
+    def own(node):
+        for o in ast.iter_child_nodes(node):
+            if isinstance(o, (ast.FunctionDef, ast.Lambda, ast.ClassDef)): continue
+            yield o
+            yield from own(o)
+    return any(isinstance(o, ast.Return) and o.value and not (isinstance(o.value, ast.Constant) and o.value.value is None) for o in own(tree.body[0]))
+
+def missing(f, label):
+    "What is not said about the function `f`"
+    f = inspect.unwrap(f)
+    if not (f.__doc__ or '').strip(): yield f'{label}: docstring'
+    said = docments(f, full=True)
+    for k, p in inspect.signature(f).parameters.items():
+        if k not in ('self', 'cls') and not k.startswith('_') and p.kind != p.VAR_KEYWORD and not said[k]['docment']: yield f'{label}: {k}'
+    if returns_value(f) and not said['return']['docment']: yield f'{label}: what it returns'
+
+@all_modules
+def test_described(module):
+    "Each exported function has a docstring and a comment beside each parameter; of classes, how one is made and its methods' docstrings."
+    mod, gaps = importlib.import_module(f'histogene_nb.{module}'), []
+    for nm in mod.__all__:
+        o = getattr(mod, nm)
+        if not inspect.isclass(o) and inspect.isfunction(inspect.unwrap(o)): gaps += missing(o, nm)
+        elif inspect.isclass(o):
+            if not (o.__dict__.get('__doc__') or '').strip(): gaps.append(f'{nm}: docstring')
+            for k, f in vars(o).items():
+                if not inspect.isfunction(f): continue
+                if k == '__init__': gaps += [g for g in missing(f, nm) if not g.endswith('docstring')]
+                elif not k.startswith('_') and not (f.__doc__ or '').strip(): gaps.append(f'{nm}.{k}: docstring')
+    if gaps: pytest.fail(f'{module}: not described are\n' + '\n'.join(gaps), pytrace=False)

@@ -1,0 +1,60 @@
+"""The site that `make docs` builds: complete, and readable without a network from any folder."""
+import json, re, shutil, subprocess, sys
+import pytest
+from check_site import Page, check_site
+from conftest import cells, name, notebooks, root
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The site, built in _docs where `make docs` finds it again, and looked at in another folder."
+    res = subprocess.run([sys.executable, root/'tools/build_site.py'], capture_output=True, text=True)
+    if res.returncode: pytest.fail(res.stdout + res.stderr, pytrace=False)
+    return shutil.copytree(root/'_docs', tmp_path_factory.mktemp('stick')/'site')
+
+def page_of(path): return re.sub(r'(^|/)\d+[a-z0-9]*_', r'\1', name(path).lower()) + '.html'
+
+def test_nothing_missing(site): assert check_site(site) == []
+
+@pytest.mark.parametrize('path', notebooks(), ids=name)
+def test_page(site, path):
+    "Each notebook has a page with its title, its figures, and its formulas set."
+    html = (site/page_of(path)).read_text(encoding='utf-8')
+    page, text = Page(html), '\n'.join(c['source'] for c in cells(path, 'markdown'))
+    assert re.search(r'^# (.+)', text, re.M)[1].replace('`', '') in page.title
+    hidden = re.compile(r'^#\| *(hide\b|output: *false|include: *false)', re.M)
+    pictures = sum(any(k.startswith('image/') for k in o.get('data', {})) and 'text/html' not in o['data']
+                   for c in cells(path) if not hidden.search(c['source']) for o in c['outputs'])
+    assert page.figures >= pictures
+    assert bool(page.maths) >= ('$$' in text)
+    assert r'\(' not in re.sub(r'<(code|script|style|annotation)\b.*?</\1>', '', html, flags=re.S)
+
+def test_search_index(site):
+    "Search reads its index from a script, since browsers refuse to fetch from a folder."
+    index = json.loads((site/'search.js').read_text(encoding='utf-8').removeprefix('window.searchIndex = ').rstrip(';\n'))
+    assert {page_of(p) for p in notebooks()} <= {e['href'].split('#')[0] for e in index}
+    assert 'fetch(' not in (site/'site_libs/smalldocs.js').read_text(encoding='utf-8')
+
+def test_api(site):
+    "An exported function has an entry with a table of its parameters, and its code."
+    html = (site/'library/sections.html').read_text(encoding='utf-8')
+    entry = html[html.index('id="read_her2st"'):]
+    assert '<th>Parameter</th>' in entry and 'Exported source' in entry
+
+@pytest.mark.parametrize('html, fault', [
+    ('<a href="gone.html">', 'gone.html is not there'),
+    ('<a href="#gone">', 'the page has no #gone'),
+    ('<a href="/index.html">', 'is not relative'),
+    ('<a href="../../index.html">', 'is outside the site'),
+    ('<img src="gone.png">', 'gone.png is not there'),
+    ('<script src="https://cdn.example.org/a.js"></script>', 'loads https://cdn.example.org/a.js'),
+    ('<link rel="stylesheet" href="//cdn.example.org/a.css">', 'loads //cdn.example.org/a.css'),
+    ('<style>@font-face{src:url(https://example.org/a.woff2)}</style>', 'loads https://example.org/a.woff2'),
+    ('<script type="module">import a from "https://example.org/a.mjs"</script>', 'loads https://example.org/a.mjs'),
+    ('<link rel="stylesheet" href="a.css">', 'loads https://fonts.example.org/b'),
+    ('<a href="https://example.org"><img src="data:image/png;base64,AA=="><a href="?q#top">', None)])
+def test_checker(tmp_path, html, fault):
+    "The checker finds each kind of fault, and lets links to other sites be."
+    (tmp_path/'index.html').write_text(f'<html><body id="top">{html}</body></html>')
+    (tmp_path/'a.css').write_text('@import url("https://fonts.example.org/b");' if 'a.css' in html and fault and 'fonts' in fault else '')
+    found = check_site(tmp_path)
+    assert (fault in '\n'.join(found) and len(found) == 1) if fault else not found

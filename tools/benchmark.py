@@ -1,0 +1,175 @@
+"""Measure the package beside a straightforward version of the same step, on five real HER2+ sections.
+
+    HISTOGENE_DATA=... python tools/benchmark.py             all steps; writes histogene_nb/results/benchmark.json
+    HISTOGENE_DATA=... python tools/benchmark.py load epoch  some of them, printed only
+
+The straightforward version does what is known of the released code: whole images as float32 in memory, a loop over spots,
+attention as an N x N matrix, Adam without fusing. Each measurement is a process of its own, so that its peak memory is its own.
+"""
+import gzip, json, os, platform, resource, subprocess, sys, tempfile, time
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from histogene_nb.sections import data_folder, read_her2st
+from histogene_nb.expression import read_panel
+from histogene_nb.model import HisToGene
+from histogene_nb.position import fit_grid, pixel_positions
+from histogene_nb.patches import dense_grid, extract_patches
+from histogene_nb.superres import predict_superres, section_mask
+from histogene_nb.training import fit, run_model, training_example
+import histogene_nb
+
+SECTIONS = ['B4', 'C2', 'C3', 'C4', 'C5']
+RESULT = Path(histogene_nb.__file__).parent/'results'/'benchmark.json'
+cache = os.environ.get('BENCHMARK_CACHE')
+
+
+# ---- the straightforward version
+
+def plain_section(root, name, panel):
+    "A section as float32: the whole image, and each spot's patch cut from it in a loop"
+    counts = pd.read_csv(gzip.open(root/f'ST-cnts/{name}.tsv.gz'), sep='\t', index_col=0)
+    spots = pd.read_csv(root/f'ST-spotfiles/{name}_selection.tsv', sep='\t')
+    spots.index = [f'{round(x)}x{round(y)}' for x,y in zip(spots.x, spots.y)]
+    joined = counts.join(spots, how='inner')
+    Image.MAX_IMAGE_PIXELS = None
+    image = torch.from_numpy(np.array(Image.open(next((root/f'ST-imgs/{name[0]}/{name}').glob('*.jpg')))).astype(np.float32)).permute(1, 0, 2)   # (x, y, 3)
+    patches = torch.zeros(len(joined), 3*112*112)
+    for i,(x,y) in enumerate(zip(joined.pixel_x, joined.pixel_y)):
+        x, y = int(x), int(y)
+        patches[i] = image[x-56:x+56, y-56:y+56].flatten()
+    Y = joined[panel].to_numpy(dtype=np.float64)
+    Y = np.log10(Y/np.maximum(Y.sum(1, keepdims=True), 1)*1e4 + 1)
+    return image, patches, torch.tensor(joined[['x', 'y']].to_numpy().round().astype(int)), torch.tensor(Y, dtype=torch.float32)
+
+class PlainLayer(nn.Module):
+    "Attention as softmax of an N x N matrix, then an MLP"
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2, self.qkv, self.out = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Linear(dim, 3*dim, bias=False), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2*dim), nn.GELU(), nn.Dropout(.1), nn.Linear(2*dim, dim), nn.Dropout(.1))
+        self.dropout = nn.Dropout(.1)
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        weights = torch.softmax(q @ k.transpose(-1, -2)*q.shape[-1]**-.5, -1)
+        x = x + self.dropout(self.out((weights @ v).transpose(1, 2).flatten(2)))
+        return x + self.mlp(self.norm2(x))
+
+class Plain(nn.Module):
+    def __init__(self, genes, dim=1024, depth=8, heads=16):
+        super().__init__()
+        self.patch, self.x, self.y, self.dropout = nn.Linear(3*112*112, dim), nn.Embedding(64, dim), nn.Embedding(64, dim), nn.Dropout(.1)
+        self.layers = nn.Sequential(*(PlainLayer(dim, heads) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, genes))
+    def forward(self, patches, positions):
+        return self.head(self.layers(self.dropout(self.patch(patches) + self.x(positions[..., 0]) + self.y(positions[..., 1]))))
+
+
+# ---- the steps, each in a process of its own
+
+def matmul_rate(n=4096, times=5):
+    "GFLOP/s of a float32 matrix product, the best of some"
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    def once():
+        start = time.perf_counter(); a @ b
+        return 2*n**3/(time.perf_counter() - start)/1e9
+    return max(once() for _ in range(times))
+
+def the_panel(): return read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
+
+def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
+
+def load_plain():
+    panel, base, start = the_panel(), memory(), time.perf_counter()
+    sections = [plain_section(data_folder(), n, panel) for n in SECTIONS]
+    return dict(seconds=time.perf_counter() - start, peak_GB=memory() - base, sections=len(sections))
+
+def load_ours():
+    panel, base, start = the_panel(), memory(), time.perf_counter()
+    examples = [training_example(read_her2st(data_folder(), n, verbose=False), panel, cache=cache) for n in SECTIONS]
+    return dict(seconds=time.perf_counter() - start, peak_GB=memory() - base, sections=len(examples))
+
+def flops(examples, model):
+    "Floating-point operations of the matrix products of one training epoch (forward, and both gradients but that of the pixels)"
+    n = np.array([len(p) for p,_,_ in examples], dtype=float)
+    weights = {k: p.numel() for k,p in model.named_parameters() if p.ndim == 2 and 'embed' not in k.split('.')[0] or k == 'patch_embed.weight'}
+    c = model.config
+    return 6*n.sum()*sum(weights.values()) - 2*n.sum()*weights['patch_embed.weight'] + 12*(n**2).sum()*c['dim']*c['depth']
+
+def epoch():
+    "Both versions in turn, so that both meet the same machine"
+    panel = the_panel()
+    examples = [training_example(read_her2st(data_folder(), n, verbose=False), panel, cache=cache) for n in SECTIONS]
+    flat = [p.flatten(1).float() for p,_,_ in examples]
+    ours, plain = HisToGene(), Plain(len(panel))
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-5, foreach=False, fused=False)
+    def plain_epoch():
+        for x,(_,pos,y) in zip(flat, examples):
+            loss = F.mse_loss(plain(x[None], pos[None])[0], y)
+            adam.zero_grad(); loss.backward(); adam.step()
+    work, rows = flops(examples, ours)/1e9, []
+    for _ in range(5):
+        rate = matmul_rate()
+        start = time.perf_counter(); plain_epoch(); a = time.perf_counter() - start
+        fit(ours, examples, epochs=1, progress=False)            # the first epoch of a new optimiser also allocates its state
+        start = time.perf_counter(); fit(ours, examples, epochs=3, progress=False); three = time.perf_counter() - start
+        start = time.perf_counter(); fit(ours, examples, epochs=1, progress=False); one = time.perf_counter() - start
+        rows.append(dict(plain=a, ours=(three - one)/2, matmul_GFLOPs=max(rate, matmul_rate())))
+    best = pd.DataFrame(rows).iloc[1:].median()
+    return dict(GFLOP=work, **best.to_dict(), ratio=best.ours/best.plain, ours_GFLOPs=work/best.ours, share_of_matmul_rate=work/best.ours/best.matmul_GFLOPs, rounds=rows)
+
+def dense_input(n=8715):
+    "The first n patches of a 4x grid on B4, the section with most tissue, and their positions"
+    section = read_her2st(data_folder(), 'B4', verbose=False)
+    mask, scale = section_mask(section)
+    centres, _ = dense_grid(mask, scale, 112, 4)
+    return extract_patches(section, centres=centres[:n], cache=cache), pixel_positions(centres[:n], 112, fit_grid(section))
+
+@torch.no_grad()
+def superres_plain():
+    patches, positions = dense_input()
+    model = Plain(785).eval()
+    start = time.perf_counter(); model(patches.flatten(1).float()[None], positions[None])
+    return dict(seconds=time.perf_counter() - start, peak_GB=memory(), patches=len(patches))
+
+def superres_ours():
+    patches, positions = dense_input()
+    model = HisToGene().eval()
+    start = time.perf_counter(); run_model(model, patches, positions, 'cpu')
+    return dict(seconds=time.perf_counter() - start, peak_GB=memory(), patches=len(patches), matmul_GFLOPs=matmul_rate())
+
+def superres_25x():
+    section, model = read_her2st(data_folder(), 'C3', verbose=False), HisToGene().eval()
+    section_mask(section)
+    model.about = dict(genes=the_panel(), normalization='paper')
+    start = time.perf_counter(); dense = predict_superres(model, section, 25, 'cpu')
+    return dict(section='C3', seconds=time.perf_counter() - start, peak_GB=memory(), sub_patches=len(dense))
+
+STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x',))
+
+def measure(step):
+    out = subprocess.run([sys.executable, __file__, '--step', step], capture_output=True, text=True)
+    if out.returncode: sys.exit(f'{step} failed:\n{out.stderr}')
+    print(step, out.stdout.strip(), flush=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+def main(steps):
+    global cache
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ['BENCHMARK_CACHE'] = cache = folder
+        for n in SECTIONS: training_example(read_her2st(data_folder(), n, verbose=False), the_panel(), cache=cache)     # warm
+        if 'superres' in steps: dense_input()
+        found = {s: measure(s) for step in steps for s in STEPS[step]}
+    result = dict(command=' '.join(['python tools/benchmark.py', *steps]), histogene_nb=histogene_nb.__version__, torch=torch.__version__, python=platform.python_version(),
+                  device='cpu', threads=torch.get_num_threads(), date=time.strftime('%Y-%m-%d'), sections=SECTIONS, **found)
+    for a,b,what in (('load_plain', 'load_ours', 'loading'), ('superres_plain', 'superres_ours', 'super-resolution')):
+        if a in found: result[f'{what} ratios'] = {k: found[b][k]/found[a][k] for k in ('seconds', 'peak_GB')}
+    if set(steps) == set(STEPS): RESULT.write_text(json.dumps(result, indent=1, default=float) + '\n')
+    print(json.dumps(result, indent=1, default=float))
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--step']: print(json.dumps(globals()[sys.argv[2]](), default=float))
+    else: main(sys.argv[1:] or list(STEPS))

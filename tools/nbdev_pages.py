@@ -1,0 +1,38 @@
+"""What the site's pages show beyond nbdev's defaults: settings.ini names these as `renderer` and in `procs`."""
+import re
+from inspect import Parameter
+from fastcore.docments import docments
+from nbdev.showdoc import BasicMarkdownRenderer
+
+
+def show_source(cell):
+    "The pages are lessons, so a definition is read where it is made: `#| export` of a function or class counts as `#| exports`."
+    if cell.cell_type == 'code' and 'export' in cell.directives_ and re.search(r'^(def|class|async def) ', cell.source, re.M):
+        cell.directives_['exports'] = cell.directives_.pop('export')
+
+
+def one_line(text): return ' '.join(text.replace('|', r'\|').split())
+
+def type_name(o):
+    "The name of an annotation, without the modules in front; nothing where there is none"
+    if o is Parameter.empty or o is type(None): return ''
+    return one_line(o.__name__ if isinstance(o, type) else re.sub(r'\b(?:\w+\.)+(\w+)', r'\1', str(o)))
+
+class ParameterTable(BasicMarkdownRenderer):
+    "nbdev's `show_doc`, with the comment beside each parameter in a table rather than in the signature"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        params = [p.replace(annotation=p.empty) for p in self.sig.parameters.values() if p.name != 'self'] if self.sig else []
+        sig = ', '.join(map(str, params))
+        if len(self.nm + sig) > 85: sig = '\n    ' + ',\n    '.join(map(str, params)) + '\n'
+        self.dm = f'{self.nm}({sig})'
+
+    def _repr_markdown_(self):
+        about = {k:v for k,v in docments(self.sym, full=True).items() if k != 'self'}
+        if not any(v.get('docment') for v in about.values()): return super()._repr_markdown_()
+        def row(name, v):
+            default = '' if name == 'return' or v['default'] is Parameter.empty else f"`{one_line(repr(v['default']))}`"
+            return '*returns*' if name == 'return' else f'`{name}`', type_name(v['anno']), default, one_line(v['docment'] or '')
+        rows = [row(k, v) for k,v in about.items() if k != 'return' or v['docment']]
+        table = [('Parameter', 'Type', 'Default', 'What it is'), ('---',)*4, *rows]
+        return super()._repr_markdown_() + '\n\n' + '\n'.join(f'| {" | ".join(r)} |' for r in table)

@@ -1,0 +1,58 @@
+"""README.md from the front page of the site, nbs/index.ipynb, without Quarto."""
+import json, re
+from configparser import ConfigParser
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+
+
+def text(s): return ''.join(s) if isinstance(s, list) else s
+
+def fence(s, lang=''):
+    "`s` as a fenced block, with a fence that `s` does not contain."
+    ticks = max([3] + [len(m)+1 for m in re.findall('`{3,}', s)])*'`'
+    return f'{ticks}{lang}\n{s.rstrip()}\n{ticks}'
+
+def page_url(path, site):
+    "Where the site has the page of the notebook `path`: nbdev leaves out the number in front of the name."
+    folder, _, name = path.rpartition('/')
+    page = re.sub(r'^\d+[a-z0-9]*_', '', name.lower()).replace('.ipynb', '.html')
+    return '/'.join(o for o in (site, folder, page) if o)
+
+def link_pages(s, site):
+    "Links to notebooks, relative to nbs/, as links to their pages on the site."
+    return re.sub(r'\]\((?![a-z]+:)([^)#\s]+\.ipynb)', lambda m: f']({page_url(m[1], site)}', s)
+
+def outputs(cell):
+    "The text that a code cell printed or returned; pictures are left to the site."
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        if 'text/markdown' in data: yield text(data['text/markdown'])
+        elif o['output_type'] == 'stream': yield fence(text(o['text']))
+        elif 'text/plain' in data and not any(k.startswith('image/') for k in data): yield fence(text(data['text/plain']))
+
+def blocks(cell, site):
+    "The Markdown blocks of a cell; none if it is hidden or front matter."
+    src = text(cell['source']).strip()
+    if cell['cell_type'] == 'markdown':
+        yield re.sub(r'^:::.*\n?', '', link_pages(src, site), flags=re.M).strip()
+    if cell['cell_type'] != 'code': return
+    lines = src.split('\n')
+    flags = [l[2:].replace(' ', '') for l in lines if l.startswith('#|')]
+    if any(o in flags for o in ('hide', 'include:false', 'export', 'exporti')): return
+    code = '\n'.join(l for l in lines if not l.startswith('#|')).strip()
+    if code and 'echo:false' not in flags: yield fence(code, 'python')
+    if 'output:false' not in flags: yield from outputs(cell)
+
+def readme(folder=root):
+    "The text of README.md for the project in `folder`."
+    config = ConfigParser()
+    config.read(folder/'settings.ini', encoding='utf-8')
+    about = config['DEFAULT']
+    site = about['doc_host'].rstrip('/') + '/' + about['doc_baseurl'].strip('/')
+    cells = json.loads((folder/'nbs'/about['readme_nb']).read_text(encoding='utf-8'))['cells']
+    parts = ['<!-- Made from nbs/index.ipynb by make sync: edit that. -->'] + [b for c in cells for b in blocks(c, site) if b]
+    return '\n\n'.join(parts) + '\n'
+
+
+if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf-8')
