@@ -18,7 +18,7 @@ help:
 
 # What it takes to run the package. An environment whose first installation was interrupted is made anew.
 $(VENV)/.runtime: settings.ini setup.py
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	@if [ -e $(VENV)/.unfinished ]; then echo "The installation in $(VENV) was interrupted: starting again"; rm -rf $(VENV); fi
 	@if [ ! -x $(BIN)/python ]; then mkdir -p $(VENV) && touch $(VENV)/.unfinished; fi
 	@echo "Making the environment in $(VENV): torch is large, the first time takes minutes"

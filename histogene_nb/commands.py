@@ -6,7 +6,7 @@
 __all__ = ['provenance', 'histogene_download', 'read_section', 'histogene_train', 'write_h5ad', 'histogene_predict',
            'histogene_demo']
 
-# %% ../nbs/library/12_commands.ipynb #3bdc67d4
+# %% ../nbs/library/12_commands.ipynb #fbe0069c
 import functools, json, os, re, shlex, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,7 @@ from .training import default_device, plot_losses, predict, train
 from .superres import predict_image, predict_superres, recover_spots
 from tqdm.auto import tqdm
 
-# %% ../nbs/library/12_commands.ipynb #d3aaac73
+# %% ../nbs/library/12_commands.ipynb #bc2d815b
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
     return Path(sys.argv[0]).stem == name
 
@@ -44,14 +44,15 @@ def _shell(func):
         except KeyboardInterrupt: sys.exit(f'\n{func.__name__}: interrupted. {_GO_ON.get(func.__name__, "What was complete is untouched.")}')
     return run
 
-# %% ../nbs/library/12_commands.ipynb #2d40a00b
+# %% ../nbs/library/12_commands.ipynb #b74c4ce1
 def provenance(
     command:str, # the command, or the function's call
     start:float, # `time.perf_counter()` when it began
+    device:str|None=None, # that it ran on; chosen unless given
     **more, # anything else worth keeping: seed, sections
 )->dict: # command, versions, device, date, wall time (s), peak memory (GB)
     "What made a result"
-    out = dict(command=command, histogene_nb=histogene_nb.__version__, torch=torch.__version__, device=str(default_device()), threads=torch.get_num_threads(),
+    out = dict(command=command, histogene_nb=histogene_nb.__version__, torch=torch.__version__, device=str(default_device(device)), threads=torch.get_num_threads(),
                date=datetime.now(timezone.utc).strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - start, 1))
     if os.name == 'posix':
         import resource
@@ -62,7 +63,7 @@ def _command(name, *args):
     "The command as it was typed, or the call that stands for it"
     return shlex.join([name, *sys.argv[1:]]) if _typed(name) else f"{name}({', '.join(repr(a) for a in args)})"
 
-# %% ../nbs/library/12_commands.ipynb #7eec1156
+# %% ../nbs/library/12_commands.ipynb #d3893bda
 @call_parse
 @_shell
 def histogene_download(
@@ -73,7 +74,7 @@ def histogene_download(
     "Download HER2+ breast cancer sections"
     print('HER2+ data in', download_her2st(root, sections or None, images))
 
-# %% ../nbs/library/12_commands.ipynb #829956a6
+# %% ../nbs/library/12_commands.ipynb #548b5b36
 def read_section(
     name:str, # a HER2+ section such as 'B4', or the path of an .h5ad file
     root:str|Path|None=None, # folder of the HER2+ data; `data_folder()` unless given
@@ -103,7 +104,7 @@ def _check_section(section):
     info['metadata'].update(again.uns['spatial'][name]['metadata'])
     section.uns.setdefault('histogene', {})
 
-# %% ../nbs/library/12_commands.ipynb #1c8542b0
+# %% ../nbs/library/12_commands.ipynb #f5bb149c
 @call_parse
 @_shell
 def histogene_train(
@@ -142,12 +143,12 @@ def histogene_train(
     model, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
                           dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
     model.about['training']['losses'] = [round(l, 5) for l in losses]
-    model.about['provenance'] = provenance(command, start)
+    model.about['provenance'] = provenance(command, start, device)
     save_pretrained(model, out)
     (out/'training.safetensors').unlink()
     print(f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - start:.0f} s; model in {out}')
 
-# %% ../nbs/library/12_commands.ipynb #0e626a4f
+# %% ../nbs/library/12_commands.ipynb #0e3692d0
 def write_h5ad(
     section:ad.AnnData, # measured or predicted
     path:str|Path, # ends in .h5ad
@@ -156,7 +157,7 @@ def write_h5ad(
     with whole_file(path) as part: section.write_h5ad(part, compression='gzip')
     return Path(path)
 
-# %% ../nbs/library/12_commands.ipynb #bd85602a
+# %% ../nbs/library/12_commands.ipynb #166f6a0f
 @call_parse
 @_shell
 def histogene_predict(
@@ -188,16 +189,18 @@ def histogene_predict(
             method = 'HisToGene' if superres == 1 else 'HisToGene*'
             correlations = ev.gene_correlations(normalize(measured, known, net.about['normalization']), at_spots[:, known].copy())
             results = {method: ev.summarize(correlations)}
+            with whole_file(Path(out).with_suffix('.csv')) as part: correlations.round(6).to_csv(part)
+    if not predicted.uns['spatial'][section_name(predicted)]['images']: add_hires(predicted)         # scanpy's pl.spatial wants one
     predicted.uns['histogene']['command'] = command
-    more = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), section=section or image, superres=superres)
-    text = json.dumps({**provenance(command, start), **more, 'results': results}, indent=1)
+    more = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'), section=section or image, superres=superres)
+    text = json.dumps({**provenance(command, start, device), **more, 'results': results}, indent=1)
     with whole_file(Path(out).with_suffix('.json')) as part:
         part.write_text(text, encoding='utf-8')
         write_h5ad(predicted, out)
     print(f'{predicted.n_obs} x {predicted.n_vars} ({"spots" if image is None and superres == 1 else "patches"} x genes) in {out}')
     for method,r in results.items(): print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
 
-# %% ../nbs/library/12_commands.ipynb #c6a71396
+# %% ../nbs/library/12_commands.ipynb #746e7cad
 @call_parse
 @_shell
 def histogene_demo(
@@ -222,11 +225,11 @@ def histogene_demo(
     correlations = {m: ev.gene_correlations(observed, p) for m,p in methods.items()}
     table = pd.DataFrame({m: ev.summarize(c) for m,c in correlations.items()}).T
     for name,a in (('observed', observed), ('predicted', predicted), ('predicted_4x', dense)): write_h5ad(a, out/f'{name}.h5ad')
-    report = _demo_report(out/'report.html', held_out, observed, methods, dense, correlations, table, losses, provenance(command, start, seed=seed))
+    report = _demo_report(out/'report.html', held_out, observed, methods, dense, correlations, table, losses, provenance(command, start, device, seed=seed))
     print(table[['mean_r', 'median_r', 'n_ok']].astype(float).round(3).to_string())
     print(f'{time.perf_counter() - start:.0f} s; open {report} in a browser')
 
-# %% ../nbs/library/12_commands.ipynb #625333b3
+# %% ../nbs/library/12_commands.ipynb #c945fb89
 def _demo_report(path, held_out, observed, methods, dense, correlations, table, losses, made_by):
     "The demo's report: what was learned, drawn"
     name, r = section_name(held_out), table.mean_r.astype(float)
@@ -241,6 +244,7 @@ def _demo_report(path, held_out, observed, methods, dense, correlations, table, 
     axes[1].set_title('training'); boxes.tight_layout()
     texts = {'What this is': f'HisToGene was trained on five sections of synthetic tissue and predicted section {name}, which it never saw, from its image. '
              f'Mean r over {observed.n_vars} genes between observed and predicted expression: HisToGene {r["HisToGene"]:.3f}; position on the array alone {r["position only"]:.3f}.',
+             'The held-out section': f'{len(held_out)} spots. Labels belong to the synthetic tissue; the model sees only the image.',
              'Held-out maps': 'The four genes predicted best. HisToGene_SR is the prediction at four times the resolution of a patch.'}
     page = ev.html_report(path, f'HisToGene on synthetic tissue: section {name}', figures={'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes},
                           tables={'How well': table[['mean_r', 'median_r', 'n_ok', 'n_constant']].astype(float).round(3)}, texts=texts, provenance=made_by)

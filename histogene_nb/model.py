@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'HisToGene', 'attention_maps', 'save_tensors', 'save_pretrained', 'from_pretrained', 'load_released']
 
-# %% ../nbs/library/06_model.ipynb #9e3f78ed
+# %% ../nbs/library/06_model.ipynb #7f53764e
 import json
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ from .sections import InputError, whole_file
 from .patches import flatten_patches
 from .attention import MultiHeadAttention, attention_weights
 
-# %% ../nbs/library/06_model.ipynb #b15ee10c
+# %% ../nbs/library/06_model.ipynb #586bcfb2
 class Block(nn.Module):
     "One layer: attention between spots, then an MLP on each, both added to what came in"
     def __init__(self,
@@ -37,7 +37,7 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/library/06_model.ipynb #830d0417
+# %% ../nbs/library/06_model.ipynb #61fce61d
 class HisToGene(nn.Module):
     "The modified Vision Transformer of HisToGene (paper: figure 1a and The modified Vision Transformer model)"
     def __init__(self,
@@ -74,15 +74,16 @@ class HisToGene(nn.Module):
     )->Tensor: # E, (b, n, dim)
         "$E = E_h + E_x + E_y$ (paper: Encoding of histology image and position features)"
         if patches.ndim == 5: patches = flatten_patches(patches, self.config['order'])
-        E_h = torch.cat([self.patch_embed(self.pixels(p)) for p in patches.split(1024, dim=1)], 1)                # F_h W_h
+        few = patches.shape[1] if torch.is_grad_enabled() else 256
+        E_h = torch.cat([self.patch_embed(self.pixels(p)) for p in patches.split(few, dim=1)], 1)                 # F_h W_h
         return self.dropout(E_h + self.x_embed(positions[..., 0]) + self.y_embed(positions[..., 1]))
 
     def pixels(self,
         patches:Tensor, # values 0 to 255, any type
     )->Tensor: # as W_h sees them, in its type
         "Pixel values as they enter W_h"
-        patches = patches.to(self.patch_embed.weight.dtype)
-        return patches/255 - .5 if self.config['pixels'] == 'centred' else patches
+        dtype = self.patch_embed.weight.dtype
+        return (patches - 127.5).to(dtype).mul_(1/255) if self.config['pixels'] == 'centred' else patches.to(dtype)
 
     def forward(self,
         patches:Tensor, # (n, 3, h, w) or (n, 3*h*w) of one section; a leading b for a batch
@@ -111,7 +112,7 @@ class HisToGene(nn.Module):
             raise InputError(f'positions go from {positions.min()} to {positions.max()}, but this model has {n_pos} of them, 0 to {n_pos-1}. '
                              'Use a model with a larger n_pos.')
 
-# %% ../nbs/library/06_model.ipynb #acb5b083
+# %% ../nbs/library/06_model.ipynb #e62f3b10
 @torch.no_grad()
 def attention_maps(
     model:HisToGene, # looked at in evaluation mode
@@ -130,7 +131,7 @@ def attention_maps(
     model.train(was)
     return torch.stack(maps)
 
-# %% ../nbs/library/06_model.ipynb #2f3c6a62
+# %% ../nbs/library/06_model.ipynb #6e9436ca
 def save_tensors(
     tensors:dict, # name -> tensor
     path:str|Path, # ends in .safetensors
@@ -141,7 +142,7 @@ def save_tensors(
         try: save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, part, metadata)
         except SafetensorError as e: raise OSError(str(e)) from e
 
-# %% ../nbs/library/06_model.ipynb #bd4bec88
+# %% ../nbs/library/06_model.ipynb #427041f1
 def save_pretrained(
     model:HisToGene, # with its `about`
     folder:str|Path, # made if need be; receives model.safetensors and config.json
@@ -154,7 +155,7 @@ def save_pretrained(
         save_tensors(model.state_dict(), folder/'model.safetensors', {'config': config})
     return folder
 
-# %% ../nbs/library/06_model.ipynb #76b5ccb5
+# %% ../nbs/library/06_model.ipynb #8d43ac28
 def from_pretrained(
     folder:str|Path, # as `save_pretrained` left it
 )->HisToGene: # in evaluation mode, on the CPU
@@ -186,7 +187,7 @@ def _load(model, weights, where):
                              'This checkpoint is of a model of another size.')
     model.load_state_dict(weights)
 
-# %% ../nbs/library/06_model.ipynb #20811dbd
+# %% ../nbs/library/06_model.ipynb #5dcfe874
 _RELEASED = {'attention.qkv.weight': '0.fn.to_qkv.weight', 'attention.out': '0.fn.to_out.0', 'norm1': '0.norm', 'norm2': '1.norm',
              'mlp.0': '1.fn.net.0', 'mlp.3': '1.fn.net.3'}
 
@@ -198,7 +199,7 @@ def _released_name(name):
         return f'vit.transformer.layers.{layer}.{_RELEASED[ours]}{rest[len(ours):]}'
     return name.replace('patch_embed.', 'patch_embedding.').replace('head.', 'gene_head.')
 
-# %% ../nbs/library/06_model.ipynb #2e63a1e1
+# %% ../nbs/library/06_model.ipynb #f8cb4e62
 def load_released(
     state_dict:dict, # of the released code; read its file with `torch.load(file, weights_only=True)`
 )->HisToGene: # in evaluation mode; takes the released code's flattened pixels and (x, y) positions

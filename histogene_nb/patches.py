@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_patches', 'extract_patches', 'flatten_patches', 'roughness', 'tissue_mask', 'in_tissue', 'dense_grid']
 
-# %% ../nbs/library/02_patches.ipynb #53504a68
+# %% ../nbs/library/02_patches.ipynb #cbc11f61
 import hashlib
 from pathlib import Path
 import numpy as np, torch
@@ -16,7 +16,7 @@ from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 from .sections import InputError, open_image, section_name, whole_file
 
-# %% ../nbs/library/02_patches.ipynb #3144a5e3
+# %% ../nbs/library/02_patches.ipynb #45a8c722
 def _window(image, x, y, side, size):
     "Pixels of the `side` x `side` window at (x, y), at `size` x `size`; and whether it reached over the edge"
     x0, y0 = int(np.floor(x)) - side//2, int(np.floor(y)) - side//2
@@ -30,7 +30,7 @@ def _window(image, x, y, side, size):
     if side != size: patch = patch.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
     return np.asarray(patch), over
 
-# %% ../nbs/library/02_patches.ipynb #52db437d
+# %% ../nbs/library/02_patches.ipynb #4396a78b
 def cut_patches(
     image:Image.Image, # an open image; pixels are decoded here
     centres:np.ndarray, # (n, 2) patch centres (x, y) in the image's pixels
@@ -48,7 +48,7 @@ def cut_patches(
         out[:], padded = patch.transpose(2, 0, 1), padded + over
     return torch.from_numpy(patches), padded
 
-# %% ../nbs/library/02_patches.ipynb #022929cb
+# %% ../nbs/library/02_patches.ipynb #bb68463e
 def _cache_file(cache, path, centres, size, side):
     key = hashlib.blake2b(digest_size=16)
     with open(path, 'rb') as f:
@@ -64,7 +64,7 @@ def _read_cached(file, n, size):
     except (ValueError, EOFError, OSError): return None                       # damaged: the patches are cut again
     return torch.from_numpy(found) if found.shape == (n, 3, size, size) and found.dtype == np.uint8 else None
 
-# %% ../nbs/library/02_patches.ipynb #522eea02
+# %% ../nbs/library/02_patches.ipynb #1c3725d6
 def _check_size(path, metadata, name):
     "Raise `InputError` where the image is not of the size it had when the section was made"
     with open_image(path) as image: size = image.size
@@ -73,7 +73,7 @@ def _check_size(path, metadata, name):
         raise InputError(f'{path}: this image has {size[0]} x {size[1]} pixels, but section {name} was made with one of {was[0]} x {was[1]}. '
                          'Put that image back, or make the section again.')
 
-# %% ../nbs/library/02_patches.ipynb #259c726c
+# %% ../nbs/library/02_patches.ipynb #e7e9aa3a
 def extract_patches(
     section:AnnData, # with spot centres in `obsm['spatial']` and the path of its image
     size:int=112, # side of a patch in the tensor (W = H in the paper)
@@ -107,7 +107,7 @@ def extract_patches(
     section.uns['histogene']['n_padded'] = int(((low < 0).any(1) | (low + side > [width, height]).any(1)).sum())
     return patches
 
-# %% ../nbs/library/02_patches.ipynb #819422e2
+# %% ../nbs/library/02_patches.ipynb #704ee0ce
 def flatten_patches(
     patches:torch.Tensor, # (..., 3, h, w)
     order:str='paper', # 'paper': (3, h, w), a view; 'released': (w, h, 3), as the authors' code has it
@@ -117,7 +117,7 @@ def flatten_patches(
     if order == 'released': return patches.movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3)
     raise InputError(f"order is 'paper' or 'released', not {order!r}.")
 
-# %% ../nbs/library/02_patches.ipynb #7e126acd
+# %% ../nbs/library/02_patches.ipynb #06920158
 def roughness(
     thumbnail:np.ndarray, # uint8 (h, w, 3), a small version of the image
 )->np.ndarray: # float (h, w): ln(1 + standard deviation of the brightness around each pixel)
@@ -125,7 +125,7 @@ def roughness(
     grey, s = thumbnail.astype(np.float32).mean(-1), max(thumbnail.shape)/200
     return np.log1p(np.sqrt(np.maximum(gaussian(grey**2, s) - gaussian(grey, s)**2, 0)))
 
-# %% ../nbs/library/02_patches.ipynb #22dfe314
+# %% ../nbs/library/02_patches.ipynb #18c41025
 def tissue_mask(
     thumbnail:np.ndarray, # uint8 (h, w, 3), a small version of the whole image, some 500 to 2000 pixels wide
 )->np.ndarray: # bool (h, w), True where there is tissue
@@ -136,7 +136,7 @@ def tissue_mask(
     mask = ndimage.binary_closing(mask, iterations=max(thumbnail.shape)//100)[pad:-pad, pad:-pad]
     return remove_small_holes(remove_small_objects(mask, max_size=few), max_size=4*few)
 
-# %% ../nbs/library/02_patches.ipynb #c7b0a16e
+# %% ../nbs/library/02_patches.ipynb #6da282ac
 def in_tissue(
     centres:np.ndarray, # (n, 2) points (x, y) in full-resolution pixels
     mask:np.ndarray, # bool (h, w) of the whole image, at any scale
@@ -147,7 +147,7 @@ def in_tissue(
     inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
     return inside & mask[y.clip(0, mask.shape[0]-1), x.clip(0, mask.shape[1]-1)]
 
-# %% ../nbs/library/02_patches.ipynb #04b5d1c2
+# %% ../nbs/library/02_patches.ipynb #42b147fd
 def dense_grid(
     mask:np.ndarray, # bool (h, w), True where there is tissue
     scale:float, # mask pixels per full-resolution pixel

@@ -7,7 +7,7 @@ __all__ = ['LABEL_COLORS', 'HER2ST_URL', 'InputError', 'whole_file', 'open_image
            'add_hires', 'write_her2st', 'join_report', 'read_her2st', 'her2st_catalogue', 'released_sections',
            'leave_one_out', 'git_blob_sha1', 'data_folder', 'download_her2st']
 
-# %% ../nbs/library/00_sections.ipynb #77e4a799
+# %% ../nbs/library/00_sections.ipynb #b619d9b0
 import gzip, hashlib, os, re, shutil, time, zlib
 from contextlib import contextmanager
 from importlib.resources import files
@@ -18,11 +18,11 @@ from PIL import Image
 from scipy import sparse
 from tqdm.auto import tqdm
 
-# %% ../nbs/library/00_sections.ipynb #cf546e2d
+# %% ../nbs/library/00_sections.ipynb #faa6598d
 class InputError(ValueError):
     "What the user gave cannot be used: the message says what, where, and what to do"
 
-# %% ../nbs/library/00_sections.ipynb #dfb1b282
+# %% ../nbs/library/00_sections.ipynb #c2f20f1e
 @contextmanager
 def whole_file(
     path:str|Path, # where the file should be in the end; its folder is made if need be
@@ -37,9 +37,10 @@ def whole_file(
     except OSError as e:
         raise InputError(f'{path}: cannot be written ({e.strerror or e}). Free some space or choose another folder, '
                          'then run it again; nothing that was complete has been touched.') from e
-    finally: part.unlink(missing_ok=True)
+    finally:
+        if part.parent.is_dir(): part.unlink(missing_ok=True)
 
-# %% ../nbs/library/00_sections.ipynb #faca7088
+# %% ../nbs/library/00_sections.ipynb #46421ac1
 @contextmanager
 def open_image(
     path:str|Path, # image file
@@ -54,7 +55,7 @@ def open_image(
     finally: Image.MAX_IMAGE_PIXELS = limit
     with image: yield image
 
-# %% ../nbs/library/00_sections.ipynb #1bf9ce2d
+# %% ../nbs/library/00_sections.ipynb #4f9768c3
 def check_counts(
     section:AnnData, # spots x genes; X sparse or dense
 ):
@@ -69,12 +70,12 @@ def check_counts(
     raise InputError(f'{name}: the count of gene {section.var_names[X.indices[i]]} at spot {spot} is {what} ({v:g}); '
                      f'{bad.sum()} such in all. Counts are whole numbers from 0: give the raw ones, before any normalisation.')
 
-# %% ../nbs/library/00_sections.ipynb #8869e571
+# %% ../nbs/library/00_sections.ipynb #e77f2660
 LABEL_COLORS = {'invasive cancer': '#d55e00', 'cancer in situ': '#cc79a7', 'immune infiltrate': '#0072b2',
                 'breast glands': '#009e73', 'connective tissue': '#56b4e9', 'adipose tissue': '#f0e442',
                 'undetermined': '#999999'}
 
-# %% ../nbs/library/00_sections.ipynb #9d690712
+# %% ../nbs/library/00_sections.ipynb #412d50ec
 def _twice(names):
     "The first name that is there twice, or None"
     again = pd.Index(names).duplicated()
@@ -86,7 +87,7 @@ def _labels(labels, spots):
     known = [l for l in LABEL_COLORS if (labels == l).any()]
     return pd.Categorical(labels, categories=known + sorted(set(labels.dropna().astype(str)) - set(known)))
 
-# %% ../nbs/library/00_sections.ipynb #3f1abd25
+# %% ../nbs/library/00_sections.ipynb #27dfddd1
 def _image_info(name, path, spots, spatial):
     "What a section knows of its image, once every spot is inside it"
     with open_image(path) as im: w,h = im.size
@@ -98,7 +99,7 @@ def _image_info(name, path, spots, spatial):
                          'Give the full-resolution image that the positions were measured on.')
     return dict(source_image_path=str(path), image_width=w, image_height=h)
 
-# %% ../nbs/library/00_sections.ipynb #b78f29ec
+# %% ../nbs/library/00_sections.ipynb #fb38dac9
 def new_section(
     counts, # (spots, genes) raw counts, dense or sparse
     genes, # gene symbols
@@ -117,6 +118,7 @@ def new_section(
     genes, spots = [str(g) for g in genes], [str(s) for s in spots]
     X, spatial = sparse.csr_matrix(counts, dtype=np.float32), np.asarray(spatial, dtype=np.float64).reshape(-1, 2)
     if not spots or not genes: raise InputError(f'{name}: {len(spots)} spots and {len(genes)} genes; a section needs both.')
+    if not spot_diameter > 0: raise InputError(f'{name}: the spot diameter is a number of pixels above 0, not {spot_diameter}.')
     sizes = {'counts': X.shape[0], 'spatial': len(spatial), 'array_col': len(array_col), 'array_row': len(array_row)}
     for what,n in sizes.items():
         if n != len(spots): raise InputError(f'{name}: {what} has {n} rows for {len(spots)} spots. Give one row a spot.')
@@ -136,7 +138,7 @@ def new_section(
     check_counts(section)
     return section
 
-# %% ../nbs/library/00_sections.ipynb #53ac3b02
+# %% ../nbs/library/00_sections.ipynb #0616b216
 def section_name(
     section:AnnData, # one section
 )->str: # its name, e.g. 'B4'
@@ -147,7 +149,7 @@ def section_name(
                          'Give one section at a time, as read_her2st, synthetic_section or new_section make them.')
     return names[0]
 
-# %% ../nbs/library/00_sections.ipynb #12bf5f0d
+# %% ../nbs/library/00_sections.ipynb #051b1311
 def add_hires(
     section:AnnData, # with an image path
     max_px:int=1000, # longer side of the thumbnail, pixels
@@ -170,13 +172,13 @@ def add_hires(
     info['scalefactors']['tissue_hires_scalef'] = max(small.shape[:2]) / full
     return section
 
-# %% ../nbs/library/00_sections.ipynb #09809690
+# %% ../nbs/library/00_sections.ipynb #902fbb51
 def _her2st_name(name):
     if not re.fullmatch(r'[A-Za-z]\w*', str(name)):
         raise InputError(f"{name!r} cannot name a section in this layout: that is the patient's letter and a number, as in B4.")
     return str(name)
 
-# %% ../nbs/library/00_sections.ipynb #301803cb
+# %% ../nbs/library/00_sections.ipynb #ecb800ae
 def write_her2st(
     section:AnnData, # counts, spots, and where there are any labels and an image
     root:str|Path, # folder, made if need be
@@ -202,7 +204,7 @@ def write_her2st(
         with whole_file(root/f'ST-imgs/{name[0]}/{name}'/Path(image).name) as part: shutil.copyfile(image, part)
     return root
 
-# %% ../nbs/library/00_sections.ipynb #6753a6eb
+# %% ../nbs/library/00_sections.ipynb #1c598664
 def _parse_row(cells, n_genes):
     "Columns and values of the nonzero counts in one line, or None where a cell is not plain digits"
     b = np.frombuffer(b'\t' + cells + b'\t', np.uint8)
@@ -220,10 +222,10 @@ def _parse_row(cells, n_genes):
         more = more[size[more] > power]
     return cols.astype(np.int32), values
 
-# %% ../nbs/library/00_sections.ipynb #b4d7639e
+# %% ../nbs/library/00_sections.ipynb #8db99273
 _AGAIN = 'If the file came from the HER2+ repository it is damaged: delete it and download it again (download_her2st).'
 
-# %% ../nbs/library/00_sections.ipynb #cfe3881e
+# %% ../nbs/library/00_sections.ipynb #7cee2234
 def _parse_slowly(cells, genes, where):
     "As `_parse_row`, for every number that Python reads; anything else is an `InputError`"
     cells = cells.decode(errors='replace').split('\t')
@@ -237,14 +239,14 @@ def _parse_slowly(cells, genes, where):
     cols = np.flatnonzero(values)
     return cols.astype(np.int32), values[cols]
 
-# %% ../nbs/library/00_sections.ipynb #229cbf88
+# %% ../nbs/library/00_sections.ipynb #1e5a2892
 def _unpacked(path):
     "All bytes of a file, gzipped or not"
     try: return gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (EOFError, OSError, zlib.error) as e:
         raise InputError(f'{path}: cannot be unpacked ({e}). {_AGAIN}') from e
 
-# %% ../nbs/library/00_sections.ipynb #202231c6
+# %% ../nbs/library/00_sections.ipynb #eab9958a
 def _read_counts(path):
     "Spot ids, genes and csr counts of a table of counts"
     lines = _unpacked(path).replace(b'\r', b'').split(b'\n')
@@ -263,7 +265,7 @@ def _read_counts(path):
     starts = np.cumsum([0] + [len(c) for c in cols])
     return spots, genes, sparse.csr_matrix((np.concatenate(values), np.concatenate(cols), starts), shape=(len(spots), len(genes)))
 
-# %% ../nbs/library/00_sections.ipynb #bc20cbe5
+# %% ../nbs/library/00_sections.ipynb #0b53fcff
 def _grid(x, y, where, what='spot'):
     "Rounded (x, y) as an index, and how many had to be rounded"
     text = [f'{a}x{b}' for a,b in zip(x, y)]
@@ -278,7 +280,7 @@ def _grid(x, y, where, what='spot'):
         raise InputError(f'{where}: {what} {a}x{b} is there twice (again as {text[i.argmax()]}). Keep one of the two.')
     return index, int((xy != whole).any(1).sum())
 
-# %% ../nbs/library/00_sections.ipynb #1e78416f
+# %% ../nbs/library/00_sections.ipynb #528174bb
 def _read_table(path, columns):
     "A tab-separated table that has these columns"
     try: table = pd.read_csv(path, sep='\t', float_precision='round_trip')
@@ -289,7 +291,7 @@ def _read_table(path, columns):
         raise InputError(f'{path}: the lines have more cells than the header. {_AGAIN}')
     return table
 
-# %% ../nbs/library/00_sections.ipynb #0e910727
+# %% ../nbs/library/00_sections.ipynb #de8633ad
 def _find(root, name, what, *patterns, needed=True):
     "The one file of a section; None if there is none and none is needed"
     found = next((f for p in patterns if (f := sorted(root.glob(p)))), [])
@@ -302,7 +304,7 @@ def _find(root, name, what, *patterns, needed=True):
                          f"download_her2st(root, ['{name}']) gets them.")
     return found[0] if found else None
 
-# %% ../nbs/library/00_sections.ipynb #224e9c5d
+# %% ../nbs/library/00_sections.ipynb #78b6e137
 def _read_labels(path, spots):
     "Labels of the given grid positions; how many labels have no such spot, and how many no position"
     table = _read_table(path, ['x', 'y', 'label'])
@@ -311,13 +313,13 @@ def _read_labels(path, spots):
     where,_ = _grid(table.x, table.y, path, 'label')
     return pd.Series(table.label.to_numpy(), where).reindex(spots).to_numpy(), int((~where.isin(spots)).sum()), int(nowhere.sum())
 
-# %% ../nbs/library/00_sections.ipynb #a079ddbe
+# %% ../nbs/library/00_sections.ipynb #77bc5397
 _left_out = dict(ids_rounded='positions rounded', spots_without_counts='in the spot file without counts',
                  counts_without_spot='with counts but not in the spot file',
                  labels_without_spot='labelled but not in the section', labels_without_position='labelled at no position',
                  empty_spots='without a single count, kept')
 
-# %% ../nbs/library/00_sections.ipynb #636046e0
+# %% ../nbs/library/00_sections.ipynb #4cc2b8f0
 def join_report(
     section:AnnData, # read by `read_her2st`
 )->str: # one line
@@ -326,7 +328,7 @@ def join_report(
     notes = [f'{h[k]} {text}' for k,text in _left_out.items() if h.get(k)]
     return '; '.join([f'{section_name(section)}: {section.n_obs} spots, {section.n_vars} genes'] + notes)
 
-# %% ../nbs/library/00_sections.ipynb #f0b7a22a
+# %% ../nbs/library/00_sections.ipynb #d479db04
 def read_her2st(
     root:str|Path, # folder that holds ST-cnts, ST-spotfiles, ST-pat and ST-imgs
     name:str, # section, e.g. 'B4'
@@ -359,16 +361,16 @@ def read_her2st(
     if verbose and any(section.uns['histogene'][k] for k in _left_out): print(join_report(section))
     return section
 
-# %% ../nbs/library/00_sections.ipynb #cf937399
+# %% ../nbs/library/00_sections.ipynb #97b7f4f8
 HER2ST_URL = 'https://raw.githubusercontent.com/almaan/her2st/85df7411b987a7dec3feff9718b869a7a82091ec/'
 
-# %% ../nbs/library/00_sections.ipynb #474c3b7b
+# %% ../nbs/library/00_sections.ipynb #34a83348
 def _her2st_files():
     "Path below `data/` -> git blob SHA-1, of the pinned commit"
     table = pd.read_csv(files('histogene_nb')/'data'/'her2st_files.csv', index_col='path')
     return table.git_blob_sha1.rename(lambda p: p.removeprefix('data/')).to_dict()
 
-# %% ../nbs/library/00_sections.ipynb #480a47ad
+# %% ../nbs/library/00_sections.ipynb #bca66d17
 def her2st_catalogue(
     paths=None, # file names in the layout; of the published repository if None
 )->pd.DataFrame: # index: section; columns: patient, counts, spotfile, image, labels (file names; NaN where there is none)
@@ -381,13 +383,13 @@ def her2st_catalogue(
     table.insert(0, 'patient', table.index.str[0])
     return table
 
-# %% ../nbs/library/00_sections.ipynb #5e107dd5
+# %% ../nbs/library/00_sections.ipynb #ee94a300
 def released_sections(
 )->list: # names of sections
     "The sections that the authors' released code trains and tests on: `sorted(names)[1:33]`"
     return sorted(her2st_catalogue().index)[1:33]
 
-# %% ../nbs/library/00_sections.ipynb #318c9146
+# %% ../nbs/library/00_sections.ipynb #5d4fb165
 def leave_one_out(
     catalogue:pd.DataFrame, # index: sections; column: patient
     by:str='section', # or 'patient': no sister section of a tested one in training
@@ -397,7 +399,7 @@ def leave_one_out(
     group = catalogue.patient if by == 'patient' else catalogue.index.to_series()
     return [(g, list(catalogue.index[group != g]), list(catalogue.index[group == g])) for g in group.unique()]
 
-# %% ../nbs/library/00_sections.ipynb #2ff2f0f7
+# %% ../nbs/library/00_sections.ipynb #452974cd
 def git_blob_sha1(
     path:str|Path, # a file
 )->str: # 40 hex digits
@@ -407,14 +409,14 @@ def git_blob_sha1(
         while block := f.read(2**20): sha.update(block)
     return sha.hexdigest()
 
-# %% ../nbs/library/00_sections.ipynb #a8e124d0
+# %% ../nbs/library/00_sections.ipynb #fafd9dee
 def data_folder(
 )->Path: # it may not exist yet
     "Where the HER2+ data are: `HISTOGENE_DATA/her2st` if that variable is set, else the folder that `download_her2st` fills"
     home = os.environ.get('HISTOGENE_DATA')
     return (Path(home) if home else Path(pooch.os_cache('histogene_nb')))/'her2st'
 
-# %% ../nbs/library/00_sections.ipynb #260e8310
+# %% ../nbs/library/00_sections.ipynb #0fb4da21
 def _fetch(url, path, sha, retries):
     "Download one file, right or not at all"
     with whole_file(path) as part:
@@ -430,7 +432,7 @@ def _fetch(url, path, sha, retries):
             raise InputError(f'{url}: this is not the published file: its git blob SHA-1 is {git_blob_sha1(part)}, not {sha}. '
                              f'A proxy may have changed it: run it again, or on another network. {path} was left as it was.')
 
-# %% ../nbs/library/00_sections.ipynb #f1acd724
+# %% ../nbs/library/00_sections.ipynb #1fe50b0c
 def download_her2st(
     root:str|Path|None=None, # folder to fill; `data_folder()` if None
     sections:list|None=None, # names such as ['B4', 'C2']; all if None

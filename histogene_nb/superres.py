@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['average_patches', 'section_mask', 'predict_dense', 'predict_superres', 'recover_spots', 'predict_image']
 
-# %% ../nbs/library/08_superres.ipynb #edc1fa19
+# %% ../nbs/library/08_superres.ipynb #a4b00b6d
 from pathlib import Path
 import numpy as np, torch
 from anndata import AnnData
 from scipy import ndimage, sparse
 from .sections import InputError, add_hires, open_image, section_name
+from .expression import SCALES
 from .patches import dense_grid, extract_patches, in_tissue, tissue_mask
 from .position import fit_grid, pixel_positions
 from .model import HisToGene
 from .training import about, run_model
 
-# %% ../nbs/library/08_superres.ipynb #99b57d47
+# %% ../nbs/library/08_superres.ipynb #59103a5f
 def average_patches(
     X:np.ndarray, # (n, genes) predictions of the patches
     place:np.ndarray, # (n, 2) whole-number places of the patches on the grid, from `dense_grid`
@@ -31,7 +32,7 @@ def average_patches(
     cover = np.diff(covers.indptr)
     return np.stack(np.divmod(found, width), -1), (covers @ X)/cover[:, None].astype(np.float32), cover
 
-# %% ../nbs/library/08_superres.ipynb #94a94e67
+# %% ../nbs/library/08_superres.ipynb #ff278252
 def section_mask(
     section:AnnData, # with an image; its thumbnail is added if it has none
 )->tuple: # mask bool (h, w) of the whole image, and its pixels per full-resolution pixel
@@ -48,7 +49,7 @@ def section_mask(
         mask |= ndimage.maximum_filter(spots, size=2*round(info['scalefactors']['spot_diameter_fullres']*scale/2) + 1)
     return mask, scale
 
-# %% ../nbs/library/08_superres.ipynb #685376fb
+# %% ../nbs/library/08_superres.ipynb #8ea1ad88
 def predict_dense(
     model:HisToGene, # trained by `train`
     section:AnnData, # its image and name are used, not its spots
@@ -78,11 +79,11 @@ def predict_dense(
     out.obs['cell_col'], out.obs['cell_row'], out.obs['n_patches'] = cells[:, 0], cells[:, 1], cover
     out.uns['spatial'] = {name: {**info, 'scalefactors': {**info['scalefactors'], 'spot_diameter_fullres': step}}}
     known = {k: v for k,v in section.uns.get('histogene', {}).items() if k != 'truth'}
-    out.uns['histogene'] = {**known, 'normalization': about(model, 'normalization'), 'predicted_by': 'HisToGene_SR', 'superres': factor,
+    out.uns['histogene'] = {**known, 'normalization': about(model, 'normalization'), 'unit': SCALES[model.about['normalization']]['unit'], 'predicted_by': 'HisToGene_SR', 'superres': factor,
                             'patch_diameter': d, 'corner': corner}
     return out
 
-# %% ../nbs/library/08_superres.ipynb #6b34034f
+# %% ../nbs/library/08_superres.ipynb #10cd8c38
 def predict_superres(
     model:HisToGene, # trained by `train`
     section:AnnData, # with spots (their counts are not used) and an image
@@ -94,7 +95,7 @@ def predict_superres(
     mask, scale = section_mask(section)
     return predict_dense(model, section, factor, fit_grid(section), mask, scale, device, cache)
 
-# %% ../nbs/library/08_superres.ipynb #b776e2c3
+# %% ../nbs/library/08_superres.ipynb #cb0b0687
 def recover_spots(
     dense:AnnData, # from `predict_superres`
     section:AnnData, # whose spots to recover
@@ -121,7 +122,7 @@ def recover_spots(
     out.uns['histogene'] = {**dense.uns['histogene'], 'predicted_by': 'HisToGene*'}
     return out
 
-# %% ../nbs/library/08_superres.ipynb #005ebfd2
+# %% ../nbs/library/08_superres.ipynb #e70e0a0e
 def predict_image(
     model:HisToGene, # trained by `train`
     path:str|Path, # an H&E image

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['training_example', 'default_device', 'turn_patches', 'fit', 'plot_losses', 'train', 'about', 'run_model', 'predict']
 
-# %% ../nbs/library/07_training.ipynb #49ab906a
+# %% ../nbs/library/07_training.ipynb #39213028
 import hashlib, json
 from pathlib import Path
 import numpy as np, torch
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .sections import InputError, section_name
 from .patches import extract_patches
-from .expression import normalize
+from .expression import SCALES, normalize
 from .position import fit_grid, grid_positions
 from .model import HisToGene, save_tensors
 
-# %% ../nbs/library/07_training.ipynb #a28c2258
+# %% ../nbs/library/07_training.ipynb #d78bff76
 def training_example(
     section:AnnData, # raw counts, with its image
     panel:list, # genes to predict
@@ -34,7 +34,7 @@ def training_example(
     return (extract_patches(section, patch_size, cache=cache), grid_positions(section, n_pos),
             torch.from_numpy(normalize(section, panel, normalization).X))
 
-# %% ../nbs/library/07_training.ipynb #bff73953
+# %% ../nbs/library/07_training.ipynb #3e54f9e2
 def default_device(
     device:str|torch.device|None=None, # given, it is taken
 )->torch.device: # cuda, mps or cpu, the first there is
@@ -46,7 +46,7 @@ def default_device(
         return torch.device(device)
     return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
 
-# %% ../nbs/library/07_training.ipynb #0c2dba7f
+# %% ../nbs/library/07_training.ipynb #9c034091
 def turn_patches(
     patches:Tensor, # (n, 3, h, w), square
     way:int, # 0 to 7: 0 leaves them as they are
@@ -55,7 +55,7 @@ def turn_patches(
     patches = patches.rot90(way % 4, (-2, -1))
     return patches.flip(-1) if way >= 4 else patches
 
-# %% ../nbs/library/07_training.ipynb #7c0381d4
+# %% ../nbs/library/07_training.ipynb #25783e85
 def _fingerprint(examples, settings):
     h = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for example in examples:
@@ -82,7 +82,7 @@ def _load_checkpoint(file, model, opt, fingerprint):
     opt.load_state_dict({'state': adam, 'param_groups': opt.state_dict()['param_groups']})
     return state['losses']
 
-# %% ../nbs/library/07_training.ipynb #0da14b00
+# %% ../nbs/library/07_training.ipynb #a37dab05
 def fit(
     model:HisToGene, # trained in place
     examples:list, # of (patches, positions, targets), one a section, as `training_example` makes them
@@ -136,7 +136,7 @@ def _epoch(model, opt, examples, seed, epoch, device, augment):
         raise InputError(f'Training diverged: the loss is not finite in epoch {epoch+1}. Use a smaller learning rate; the last checkpoint is still good.')
     return total/len(examples)
 
-# %% ../nbs/library/07_training.ipynb #05d7e845
+# %% ../nbs/library/07_training.ipynb #ff0f994a
 def plot_losses(
     losses:list, # mean loss of each epoch
     ax:plt.Axes|None=None, # drawn on a new figure unless given
@@ -145,9 +145,10 @@ def plot_losses(
     if ax is None: _,ax = plt.subplots(figsize=(5, 3))
     ax.plot(range(1, len(losses) + 1), losses, color='#0072b2')
     ax.set(xlabel='epoch', ylabel='mean squared error', yscale='log')
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis('{x:g}')
     return ax
 
-# %% ../nbs/library/07_training.ipynb #28420f4e
+# %% ../nbs/library/07_training.ipynb #e0339046
 def train(
     sections:list, # AnnData each, with raw counts and images
     panel:list, # genes to predict
@@ -175,7 +176,7 @@ def train(
     losses = fit(model, examples, epochs, lr, seed, device, augment, checkpoint, every)
     return model, losses
 
-# %% ../nbs/library/07_training.ipynb #0bb6d5cc
+# %% ../nbs/library/07_training.ipynb #db456ac5
 def about(
     model:HisToGene, # trained by `train`, or with its `about` filled in
     key:str, # such as 'genes'
@@ -198,7 +199,7 @@ def run_model(
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
         return model(patches.to(device), positions.to(device)).float().cpu().numpy()
 
-# %% ../nbs/library/07_training.ipynb #1b5cfa8d
+# %% ../nbs/library/07_training.ipynb #2d107755
 def predict(
     model:HisToGene, # trained by `train`
     section:AnnData, # with an image; its counts are not used
@@ -212,5 +213,5 @@ def predict(
     out = AnnData(X, obs=section.obs.copy(), obsm={'spatial': section.obsm['spatial'].copy()}, uns={'spatial': section.uns['spatial']})
     out.var_names = genes
     known = {k: v for k,v in section.uns['histogene'].items() if k != 'truth'}
-    out.uns['histogene'] = {**known, 'normalization': about(model, 'normalization'), 'predicted_by': 'HisToGene', 'trained_on': ', '.join(model.about.get('sections', []))}
+    out.uns['histogene'] = {**known, 'normalization': about(model, 'normalization'), 'unit': SCALES[model.about['normalization']]['unit'], 'predicted_by': 'HisToGene', 'trained_on': ', '.join(model.about.get('sections', []))}
     return out

@@ -331,7 +331,7 @@ print(losses)
 
 def test_killed_training_goes_on_as_if_it_had_not_been(made, tmp_path):
     def run(out, checkpoint, epochs): return [sys.executable, '-c', RUN, made['folder'], tmp_path/out, checkpoint, str(epochs)]
-    file, env = tmp_path/'training.safetensors', {**os.environ, 'OMP_NUM_THREADS': '1'}
+    file, env = tmp_path/'training.safetensors', {**os.environ, 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1'}
     process = subprocess.Popen(run('never', file, 100_000), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(1200):
