@@ -6,12 +6,14 @@
 __all__ = ['provenance', 'histogene_download', 'read_section', 'histogene_train', 'write_h5ad', 'histogene_predict',
            'histogene_demo']
 
-# %% ../nbs/library/12_commands.ipynb #fbe0069c
-import functools, json, os, re, shlex, sys, time
+# %% ../nbs/library/12_commands.ipynb #27213eff
+import functools, io, json, os, shlex, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
-import anndata as ad, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from fastcore.script import Param, call_parse
+import anndata as ad, h5py, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from fastcore import script
+from fastcore.script import call_parse
+from typing import Annotated
 import histogene_nb
 from . import evaluation as ev
 from .sections import InputError, add_hires, data_folder, download_her2st, new_section, read_her2st, section_name, whole_file
@@ -22,15 +24,20 @@ from .training import default_device, plot_losses, predict, train
 from .superres import predict_image, predict_superres, recover_spots
 from tqdm.auto import tqdm
 
-# %% ../nbs/library/12_commands.ipynb #bc2d815b
+# %% ../nbs/library/12_commands.ipynb #42ce37ee
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
     return Path(sys.argv[0]).stem == name
 
 _GO_ON = {'histogene_train': 'Give the same command again to go on from the last checkpoint.',
           'histogene_download': 'Give the same command again to go on: complete files are kept.'}
 
-def _dashes(args): # --spot-diameter is --spot_diameter
-    return [re.sub('(?<!^)(?<!^-)-', '_', a.split('=')[0]) + a[len(a.split('=')[0]):] if a.startswith('--') and not a.startswith('--no-') else a for a in args]
+def _words(help, **kw): # an argument of one or more words, as fastcore 1 and fastcore 2 have it
+    return script.Param(help, str, **kw) if hasattr(script, 'Param') else Annotated[str, help, kw]
+
+def _dashes(args): # --spot-diameter and --spot_diameter are the same: fastcore 1 wants the one, fastcore 2 the other
+    old, new = '-_' if hasattr(script, 'Param') else '_-'
+    return [f"--{name[2:].replace(old, new)}{is_}{value}" if a.startswith('--') and not a.startswith('--no-') else a
+            for a in args for name,is_,value in [a.partition('=')]]
 
 if Path(sys.argv[0]).stem in ('histogene_demo', 'histogene_download', 'histogene_train', 'histogene_predict'): sys.argv[1:] = _dashes(sys.argv[1:])
 
@@ -44,7 +51,7 @@ def _shell(func):
         except KeyboardInterrupt: sys.exit(f'\n{func.__name__}: interrupted. {_GO_ON.get(func.__name__, "What was complete is untouched.")}')
     return run
 
-# %% ../nbs/library/12_commands.ipynb #b74c4ce1
+# %% ../nbs/library/12_commands.ipynb #595aca27
 def provenance(
     command:str, # the command, or the function's call
     start:float, # `time.perf_counter()` when it began
@@ -63,18 +70,18 @@ def _command(name, *args):
     "The command as it was typed, or the call that stands for it"
     return shlex.join([name, *sys.argv[1:]]) if _typed(name) else f"{name}({', '.join(repr(a) for a in args)})"
 
-# %% ../nbs/library/12_commands.ipynb #d3893bda
+# %% ../nbs/library/12_commands.ipynb #79b178b5
 @call_parse
 @_shell
 def histogene_download(
-    sections:Param('Sections, such as B4 C2 (default: all 36)', str, opt=False, nargs='*')=None, # such as B4 C2; all 36 unless given
+    sections:_words('Sections, such as B4 C2 (default: all 36)', opt=False, nargs='*')=None, # such as B4 C2; all 36 unless given
     root:str=None, # Folder to fill (default: where the other commands look)
     images:bool=True, # The full-resolution images too
 ):
     "Download HER2+ breast cancer sections"
     print('HER2+ data in', download_her2st(root, sections or None, images))
 
-# %% ../nbs/library/12_commands.ipynb #548b5b36
+# %% ../nbs/library/12_commands.ipynb #1321646d
 def read_section(
     name:str, # a HER2+ section such as 'B4', or the path of an .h5ad file
     root:str|Path|None=None, # folder of the HER2+ data; `data_folder()` unless given
@@ -104,11 +111,11 @@ def _check_section(section):
     info['metadata'].update(again.uns['spatial'][name]['metadata'])
     section.uns.setdefault('histogene', {})
 
-# %% ../nbs/library/12_commands.ipynb #f5bb149c
+# %% ../nbs/library/12_commands.ipynb #a45d0af4
 @call_parse
 @_shell
 def histogene_train(
-    sections:Param('Sections to train on: names such as B4 C2, or .h5ad files', str, nargs='+'), # names such as B4 C2, or .h5ad files
+    sections:_words('Sections to train on: names such as B4 C2, or .h5ad files', nargs='+'), # names such as B4 C2, or .h5ad files
     out:str='model', # Folder for the model; an interrupted training there is continued
     root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or where histogene_download puts it)
     panel:str=None, # File of genes to predict (default: the paper's rule on these sections)
@@ -148,21 +155,23 @@ def histogene_train(
     (out/'training.safetensors').unlink()
     print(f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - start:.0f} s; model in {out}')
 
-# %% ../nbs/library/12_commands.ipynb #0e3692d0
+# %% ../nbs/library/12_commands.ipynb #6af43670
 def write_h5ad(
     section:ad.AnnData, # measured or predicted
     path:str|Path, # ends in .h5ad
 )->Path: # the path
-    "Write an AnnData in one step: a full disk or an interrupt leaves the earlier file"
-    with whole_file(path) as part: section.write_h5ad(part, compression='gzip')
+    "Write an AnnData in one step: made in memory, since HDF5 does not survive a disk that fills up while it writes"
+    made = io.BytesIO()
+    with h5py.File(made, 'w') as f: ad.io.write_elem(f, '/', section, dataset_kwargs=dict(compression='gzip'))
+    with whole_file(path) as part: part.write_bytes(made.getbuffer())
     return Path(path)
 
-# %% ../nbs/library/12_commands.ipynb #166f6a0f
+# %% ../nbs/library/12_commands.ipynb #b7cf8c88
 @call_parse
 @_shell
 def histogene_predict(
     model:str, # Folder of the model, from histogene_train
-    section:Param('A section: a name such as C3, or an .h5ad file', str, opt=False, nargs='?')=None, # a name or file
+    section:_words('A section: a name such as C3, or an .h5ad file', opt=False, nargs='?')=None, # a name or file
     image:str=None, # Instead of a section: an H&E image alone
     spot_diameter:float=None, # Width of a spot in pixels of that image
     superres:int=1, # 1, or 4, 9, 25 times the resolution
@@ -200,7 +209,7 @@ def histogene_predict(
     print(f'{predicted.n_obs} x {predicted.n_vars} ({"spots" if image is None and superres == 1 else "patches"} x genes) in {out}')
     for method,r in results.items(): print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
 
-# %% ../nbs/library/12_commands.ipynb #746e7cad
+# %% ../nbs/library/12_commands.ipynb #31e4d200
 @call_parse
 @_shell
 def histogene_demo(
@@ -229,7 +238,7 @@ def histogene_demo(
     print(table[['mean_r', 'median_r', 'n_ok']].astype(float).round(3).to_string())
     print(f'{time.perf_counter() - start:.0f} s; open {report} in a browser')
 
-# %% ../nbs/library/12_commands.ipynb #c945fb89
+# %% ../nbs/library/12_commands.ipynb #edab9ea2
 def _demo_report(path, held_out, observed, methods, dense, correlations, table, losses, made_by):
     "The demo's report: what was learned, drawn"
     name, r = section_name(held_out), table.mean_r.astype(float)

@@ -7,7 +7,7 @@ __all__ = ['METHOD_COLORS', 'CLUSTER_COLORS', 'gene_correlations', 'summarize', 
            'rank_genes', 'plot_gene', 'plot_genes', 'plot_boxes', 'cluster_spots', 'label_ari', 'plot_clusters',
            'html_report']
 
-# %% ../nbs/library/09_evaluation.ipynb #64263258
+# %% ../nbs/library/09_evaluation.ipynb #90a02035
 import base64, html, io
 from pathlib import Path
 import anndata as ad, matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -21,7 +21,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from .sections import InputError, LABEL_COLORS, section_name, whole_file
 
-# %% ../nbs/library/09_evaluation.ipynb #8b11d611
+# %% ../nbs/library/09_evaluation.ipynb #e13f4295
 def _neg_log10_p(r, # (genes,) correlations
                  n, # number of spots
                 ):
@@ -31,10 +31,10 @@ def _neg_log10_p(r, # (genes,) correlations
     tail = a*np.log(x) - np.log(a) - betaln(a, .5) - np.log(np.maximum(np.abs(r), 1e-300))
     with np.errstate(divide='ignore'): return -np.where(p>1e-300, np.log(p), tail) / np.log(10)
 
-# %% ../nbs/library/09_evaluation.ipynb #c4cdb44a
+# %% ../nbs/library/09_evaluation.ipynb #55eea7b8
 def _dense(adata): return np.asarray(adata.X.todense() if sparse.issparse(adata.X) else adata.X, dtype=np.float64)
 
-# %% ../nbs/library/09_evaluation.ipynb #d4b06add
+# %% ../nbs/library/09_evaluation.ipynb #16fffe0a
 def _aligned(observed, predicted):
     "`observed` and `predicted` as float64 arrays of the same spots and genes in the order of `observed`"
     for what,o,p in (('spot', observed.obs_names, predicted.obs_names), ('gene', observed.var_names, predicted.var_names)):
@@ -52,10 +52,10 @@ def _aligned(observed, predicted):
                                       f'{observed.obs_names[bad[0,0]]} is {x[tuple(bad[0])]}: {len(bad)} values are not finite')
     return obs,pred
 
-# %% ../nbs/library/09_evaluation.ipynb #96f320e1
+# %% ../nbs/library/09_evaluation.ipynb #f64f4d07
 def _constant(x): return np.ptp(x, axis=0) <= 1e-6*np.abs(x).max(axis=0)
 
-# %% ../nbs/library/09_evaluation.ipynb #9a8e5127
+# %% ../nbs/library/09_evaluation.ipynb #d8a833ef
 def gene_correlations(observed:ad.AnnData, # normalised expression (n spots, genes), as `normalize` returns it
                       predicted:ad.AnnData, # predicted expression of the same spots and genes, any order
                      )->pd.DataFrame: # one row per gene: r, p, neg_log10_p, n (spots), status
@@ -75,7 +75,7 @@ def gene_correlations(observed:ad.AnnData, # normalised expression (n spots, gen
     if ok.any(): df.loc[ok, 'p'],df.loc[ok, 'neg_log10_p'] = betainc((n-2)/2, .5, (1-r[ok])*(1+r[ok])), _neg_log10_p(r[ok], n)
     return df
 
-# %% ../nbs/library/09_evaluation.ipynb #c55ef9a1
+# %% ../nbs/library/09_evaluation.ipynb #427a4be4
 def summarize(correlations:pd.DataFrame, # from `gene_correlations`
              )->dict: # mean_r, median_r (defined genes), mean_r_all (undefined as 0), shares of all genes, numbers of genes
     "One row for one section, as plain numbers: the distribution of r over genes, with undefined genes counted"
@@ -88,7 +88,7 @@ def summarize(correlations:pd.DataFrame, # from `gene_correlations`
         n_too_few_spots=(status=='too few spots').sum())
     return {k: int(v) if k.startswith('n_') else float(v) for k,v in row.items()}
 
-# %% ../nbs/library/09_evaluation.ipynb #07b42c73
+# %% ../nbs/library/09_evaluation.ipynb #cb8cd3f3
 def _as_prediction(section, values, train, method):
     "`values` (n, genes) at the spots of `section` as a predicted AnnData with the genes and the scale of `train`"
     facts = {**section.uns.get('histogene', {}), 'method': method}
@@ -96,7 +96,7 @@ def _as_prediction(section, values, train, method):
     return ad.AnnData(np.float32(values), obs=section.obs.copy(), var=pd.DataFrame(index=train[0].var_names),
                       obsm={'spatial': section.obsm['spatial']}, uns={**section.uns, 'histogene': facts})
 
-# %% ../nbs/library/09_evaluation.ipynb #1b0067eb
+# %% ../nbs/library/09_evaluation.ipynb #0164d486
 def _pool(train):
     "The expression (spots, genes) of all training sections, one below the other"
     if not train: raise InputError('a baseline needs at least one training section')
@@ -106,7 +106,7 @@ def _pool(train):
             'training section: normalise all training sections with the same panel')
     return np.concatenate([_dense(t[:, genes]) for t in train])
 
-# %% ../nbs/library/09_evaluation.ipynb #70fc8560
+# %% ../nbs/library/09_evaluation.ipynb #2e0154e2
 def mean_baseline(train:list, # training sections, normalised (`normalize`), all with the same panel
                   section:ad.AnnData, # the section to predict; only its spots are used, never its expression
                  )->ad.AnnData: # predicted expression (n, panel): at every spot the mean over all training spots
@@ -114,10 +114,10 @@ def mean_baseline(train:list, # training sections, normalised (`normalize`), all
     mean = _pool(train).mean(0)                           # (genes,)
     return _as_prediction(section, np.tile(mean, (section.n_obs, 1)), train, 'training mean')
 
-# %% ../nbs/library/09_evaluation.ipynb #f80e0667
+# %% ../nbs/library/09_evaluation.ipynb #07664214
 def _array(section): return section.obs[['array_col', 'array_row']].to_numpy(dtype=float)
 
-# %% ../nbs/library/09_evaluation.ipynb #f48341b8
+# %% ../nbs/library/09_evaluation.ipynb #4cbd2b46
 def position_baseline(train:list, # training sections, normalised (`normalize`), all with the same panel
                       section:ad.AnnData, # the section to predict; only its array positions are used, never its expression
                       bandwidth:float=2., # standard deviation of the Gaussian weights, in array steps
@@ -128,7 +128,7 @@ def position_baseline(train:list, # training sections, normalised (`normalize`),
     d2 = ((here[:,None]-there[None])**2).sum(-1)          # (n, training spots)
     return _as_prediction(section, softmax(-d2/(2*bandwidth**2), axis=1) @ expression, train, 'position only')
 
-# %% ../nbs/library/09_evaluation.ipynb #e10569e9
+# %% ../nbs/library/09_evaluation.ipynb #3c9868b5
 def rank_genes(correlations:dict, # section name -> DataFrame from `gene_correlations`
               )->pd.DataFrame: # genes, best first: rank, mean_neg_log10_p, mean_r, n_sections, best_section, best_r, best_p
     """Genes ranked by the mean of -log10 p over sections (paper: Results, Figure 3, supplementary tables 1 to 3).
@@ -143,19 +143,19 @@ def rank_genes(correlations:dict, # section name -> DataFrame from `gene_correla
     df.insert(0, 'rank', np.arange(1, len(df)+1))
     return df
 
-# %% ../nbs/library/09_evaluation.ipynb #9ea28ea5
+# %% ../nbs/library/09_evaluation.ipynb #61c272d5
 METHOD_COLORS = {'observed': '#000000', 'HisToGene': '#0072B2', 'HisToGene*': '#56B4E9', 'HisToGene_SR': '#CC79A7',
                  'ST-Net': '#E69F00', 'position only': '#009E73', 'training mean': '#999999'}
 CLUSTER_COLORS = ['#4477AA', '#EE6677', '#228833', '#CCBB44', '#66CCEE', '#AA3377', '#BBBBBB']
 
-# %% ../nbs/library/09_evaluation.ipynb #5fc199b9
+# %% ../nbs/library/09_evaluation.ipynb #2f3a0958
 def _method_color(method, # a method's name
                   methods, # all methods of the figure: those without a colour of their own share out what is left
                  ):
     spare = ['#D55E00', '#F0E442', '#882255', '#44AA99', '#DDCC77']
     return METHOD_COLORS.get(method) or spare[[m for m in methods if m not in METHOD_COLORS].index(method) % len(spare)]
 
-# %% ../nbs/library/09_evaluation.ipynb #393f5241
+# %% ../nbs/library/09_evaluation.ipynb #6d9f19e3
 def _tile(section):
     "(width in full-resolution pixels, whether tiles touch) of one mark on a map of `section`"
     width = float(section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres'])
@@ -163,7 +163,7 @@ def _tile(section):
     pitch = np.median(cKDTree(section.obsm['spatial']).query(section.obsm['spatial'], k=2)[0][:,1])
     return min(width, pitch), bool(pitch<=width*1.01)
 
-# %% ../nbs/library/09_evaluation.ipynb #310e3cfa
+# %% ../nbs/library/09_evaluation.ipynb #ce78a046
 def _draw(section, ax, size=1., thumbnail=False, **kw):
     "Add the spots of `section` to `ax` in full-resolution pixels, y down; `kw` goes to the collection"
     width,square = _tile(section)
@@ -176,7 +176,7 @@ def _draw(section, ax, size=1., thumbnail=False, **kw):
     ax.set(xlim=(x0,x1), ylim=(y1,y0), aspect='equal', xticks=[], yticks=[])
     return marks
 
-# %% ../nbs/library/09_evaluation.ipynb #222fa077
+# %% ../nbs/library/09_evaluation.ipynb #92f1a968
 def _underlay(section, ax):
     name = section_name(section)
     lib = section.uns['spatial'][name]
@@ -185,17 +185,17 @@ def _underlay(section, ax):
     h,w = image.shape[:2]
     ax.imshow(image, extent=(0, w/scale, h/scale, 0), alpha=.6)
 
-# %% ../nbs/library/09_evaluation.ipynb #14277533
+# %% ../nbs/library/09_evaluation.ipynb #3b7a68e1
 def _gene(section, gene):
     "The values (n,) of one gene"
     if gene not in section.var_names: raise InputError(
         f'gene {gene} is not in this section ({section.n_vars} genes): choose one of its var_names')
     return _dense(section[:, gene])[:,0]
 
-# %% ../nbs/library/09_evaluation.ipynb #74ff8d96
+# %% ../nbs/library/09_evaluation.ipynb #1259d687
 def _unit(section): return section.uns.get('histogene', {}).get('unit', 'expression')
 
-# %% ../nbs/library/09_evaluation.ipynb #31441fe7
+# %% ../nbs/library/09_evaluation.ipynb #ed0e0e42
 def plot_gene(section:ad.AnnData, # observed or predicted expression, at spots or super-resolved
               gene:str, # one of `section.var_names`
               ax=None, # matplotlib axes; a new figure if None
@@ -215,13 +215,13 @@ def plot_gene(section:ad.AnnData, # observed or predicted expression, at spots o
     else: ax.set_title(title)
     return ax
 
-# %% ../nbs/library/09_evaluation.ipynb #52be738f
+# %% ../nbs/library/09_evaluation.ipynb #14a580ba
 def _r_title(method, observed, predicted, gene):
     if set(predicted.obs_names) != set(observed.obs_names): return f'{method}\nno r: not at the spots'
     c = gene_correlations(observed[:, [gene]], predicted[:, [gene]]).loc[gene]
     return f'{method}\nr = {c.r:.2f}' if c.status=='ok' else f'{method}\nno r: {c.status}'
 
-# %% ../nbs/library/09_evaluation.ipynb #c3a09866
+# %% ../nbs/library/09_evaluation.ipynb #c81df4a2
 def plot_genes(observed:ad.AnnData, # normalised expression at the spots
                predictions:dict, # method -> predicted AnnData, at the same spots or super-resolved
                genes:list, # the genes to draw, one row each
@@ -240,7 +240,7 @@ def plot_genes(observed:ad.AnnData, # normalised expression at the spots
         row[0].set_ylabel(gene, style='italic', fontsize=12)
     return fig
 
-# %% ../nbs/library/09_evaluation.ipynb #5accba32
+# %% ../nbs/library/09_evaluation.ipynb #29257298
 def plot_boxes(results:dict, # method -> {section name -> DataFrame from `gene_correlations`}
                ax=None, # matplotlib axes; a new figure if None
               )->plt.Axes: # the axes
@@ -265,12 +265,12 @@ def plot_boxes(results:dict, # method -> {section name -> DataFrame from `gene_c
               loc='lower left', bbox_to_anchor=(0, 1), frameon=False, borderpad=0)
     return ax
 
-# %% ../nbs/library/09_evaluation.ipynb #3e7a2006
+# %% ../nbs/library/09_evaluation.ipynb #e67d5afc
 def _undefined(method, by):
     n,bad = sum(len(c) for c in by.values()), sum(c.r.isna().sum() for c in by.values())
     return f'{method} ({bad} of {n} r undefined)' if bad else method
 
-# %% ../nbs/library/09_evaluation.ipynb #82a55173
+# %% ../nbs/library/09_evaluation.ipynb #9d461411
 def cluster_spots(adata:ad.AnnData, # expression (n, panel), observed or predicted, normalised
                   k:int=4, # number of clusters
                   seed:int=0, # of the random starts
@@ -284,7 +284,7 @@ def cluster_spots(adata:ad.AnnData, # expression (n, panel), observed or predict
     order = np.argsort(-np.bincount(found, minlength=k), kind='stable')
     return pd.Series(np.argsort(order)[found].astype(str), index=adata.obs_names, name='cluster').astype('category')
 
-# %% ../nbs/library/09_evaluation.ipynb #bd11d250
+# %% ../nbs/library/09_evaluation.ipynb #09086a6c
 def label_ari(labels:pd.Series, # the pathologist's label of each spot (`obs['annotation']`), NaN where there is none
               clusters:pd.Series, # from `cluster_spots`, for the same spots
              )->dict: # ari, n_spots (used), n_undetermined, n_unlabelled (both left out)
@@ -301,14 +301,14 @@ def label_ari(labels:pd.Series, # the pathologist's label of each spot (`obs['an
     return dict(ari=float(adjusted_rand_score(labels[use].astype(str), clusters[use])), n_spots=int(use.sum()),
                 n_undetermined=int(undetermined.sum()), n_unlabelled=int(unlabelled.sum()))
 
-# %% ../nbs/library/09_evaluation.ipynb #3a39eea5
+# %% ../nbs/library/09_evaluation.ipynb #9b7b4d74
 def _category_colors(values):
     "A colour for each category: the pathologist's labels have theirs, clusters take the qualitative palette"
     cats = sorted(values.dropna().astype(str).unique())
     if set(cats)<=set(LABEL_COLORS): return {c: LABEL_COLORS[c] for c in LABEL_COLORS if c in cats}
     return {c: CLUSTER_COLORS[i % len(CLUSTER_COLORS)] for i,c in enumerate(cats)}
 
-# %% ../nbs/library/09_evaluation.ipynb #71f87289
+# %% ../nbs/library/09_evaluation.ipynb #21221736
 def plot_clusters(section:ad.AnnData, # gives the places of the spots
                   labels:pd.Series, # a category per spot: `obs['annotation']` or from `cluster_spots`; NaN is drawn pale
                   ax=None, # matplotlib axes; a new figure if None
@@ -327,7 +327,7 @@ def plot_clusters(section:ad.AnnData, # gives the places of the spots
     if title: ax.set_title(title)
     return ax
 
-# %% ../nbs/library/09_evaluation.ipynb #a3d6a843
+# %% ../nbs/library/09_evaluation.ipynb #ef30a676
 _CSS = """:root{color-scheme:light dark;--fg:#1a1a1a;--bg:#fff;--soft:#666;--line:#ddd}
 @media(prefers-color-scheme:dark){:root{--fg:#e6e6e6;--bg:#16181b;--soft:#a0a0a0;--line:#3a3d42}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:60rem;margin:0 auto;padding:1rem}
@@ -338,14 +338,14 @@ th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
 tbody th,thead th:first-child{text-align:left}footer{margin-top:3rem;color:var(--soft);font-size:.85rem}
 footer th{text-align:left;font-weight:600;vertical-align:top}footer td{text-align:left;overflow-wrap:anywhere}"""
 
-# %% ../nbs/library/09_evaluation.ipynb #1f1c8638
+# %% ../nbs/library/09_evaluation.ipynb #11523547
 def _figure_html(fig, alt):
     png = io.BytesIO()
     fig.savefig(png, format='png', dpi=110, bbox_inches='tight', facecolor='white')
     data = base64.b64encode(png.getvalue()).decode()
     return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
 
-# %% ../nbs/library/09_evaluation.ipynb #2c0d1059
+# %% ../nbs/library/09_evaluation.ipynb #4bc1d624
 def _part_html(part, heading):
     "A paragraph, a table or a figure as HTML"
     if isinstance(part, Figure): return _figure_html(part, heading)
@@ -354,7 +354,7 @@ def _part_html(part, heading):
         return f'<div class="wide">{part.to_html(border=0, float_format="{:.3g}".format, na_rep="none")}</div>'
     return ''.join(f'<p>{html.escape(p)}</p>' for p in str(part).split('\n\n'))
 
-# %% ../nbs/library/09_evaluation.ipynb #fc768c00
+# %% ../nbs/library/09_evaluation.ipynb #0a37b049
 def html_report(path, # where to write the page, e.g. 'report.html'; its folder is made if needed
                 title:str, # of the page
                 figures:dict=None, # heading -> matplotlib figure, or a list of them

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['check_positions', 'grid_positions', 'fit_grid', 'pixel_positions']
 
-# %% ../nbs/library/04_position.ipynb #0bd8f18b
+# %% ../nbs/library/04_position.ipynb #6934b1ca
 import numpy as np, torch
 from anndata import AnnData
 from .sections import InputError, section_name
 
-# %% ../nbs/library/04_position.ipynb #ad222d98
+# %% ../nbs/library/04_position.ipynb #32e3add0
 def check_positions(
     positions:torch.Tensor, # long (..., 2): (x, y) indices
     n_pos:int, # rows of the position embedding
@@ -23,17 +23,17 @@ def check_positions(
         raise InputError(f'{what}: position (x={x}, y={y}) is beyond the model\'s {n_pos} positions, 0 to {n_pos-1} ({int(bad.sum())} such in all). '
                          'Use a model with a larger n_pos, or a smaller part of the section.')
 
-# %% ../nbs/library/04_position.ipynb #2b401634
+# %% ../nbs/library/04_position.ipynb #39b39cb2
 def grid_positions(
     section:AnnData, # with obs['array_col'] (x) and obs['array_row'] (y)
     n_pos:int=64, # rows of the position embedding
 )->torch.Tensor: # long (n, 2): (x, y) indices
     "Indices of the spots on their array (paper: Encoding of histology image and position features)"
-    positions = torch.as_tensor(section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64))
+    positions = torch.from_numpy(np.ascontiguousarray(section.obs[['array_col', 'array_row']], dtype=np.int64))
     check_positions(positions, n_pos, section_name(section))
     return positions
 
-# %% ../nbs/library/04_position.ipynb #423b430c
+# %% ../nbs/library/04_position.ipynb #cfe441d5
 def fit_grid(
     section:AnnData, # spots with pixel centres and array indices
 )->np.ndarray: # (3, 2) `G`: indices = [x/d, y/d, 1] @ G, with pixels in units of the spot diameter d
@@ -45,7 +45,7 @@ def fit_grid(
         raise InputError(f'{name}: its {len(section)} spots lie on one line or point, so pixels cannot be mapped to the array. Give a section with spots in two dimensions.')
     return np.linalg.lstsq(xy1, section.obs[['array_col', 'array_row']].to_numpy(dtype=np.float64), rcond=None)[0]
 
-# %% ../nbs/library/04_position.ipynb #64a6f60f
+# %% ../nbs/library/04_position.ipynb #a6ecdab6
 def pixel_positions(
     centres:np.ndarray, # (n, 2) patch centres (x, y) in full-resolution pixels
     diameter:float, # spot diameter in the same pixels
