@@ -43,7 +43,7 @@ for i,args in enumerate(commands):
         sys.argv = args
         runpy.run_path(args[0], run_name='__main__')
         sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 def run_all(*commands):
