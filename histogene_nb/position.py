@@ -53,7 +53,10 @@ def pixel_positions(
     n_pos:int=64, # rows of the position embedding
     what:str='the image', # whose centres these are, for the message
 )->torch.Tensor: # long (n, 2): (x, y) indices
-    "Indices for patches anywhere on an image: the array position nearest to each, on the scale of training"
+    """Indices for patches anywhere on an image: the array position nearest to each, on the scale of training.
+
+    Tissue reaches past the outermost spots: one step beyond the array counts as its edge."""
     positions = torch.as_tensor(np.rint(np.c_[np.asarray(centres)/diameter, np.ones(len(centres))] @ grid).astype(np.int64))
+    positions[positions == -1], positions[positions == n_pos] = 0, n_pos - 1
     check_positions(positions, n_pos, what)
     return positions

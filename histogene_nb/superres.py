@@ -72,7 +72,7 @@ def predict_dense(
     centres = corner + (cells + .5)*step
     keep = in_tissue(centres, mask, scale)
     cells, X, cover, centres = cells[keep], X[keep], cover[keep], centres[keep]
-    positions = np.rint(np.c_[centres/d, np.ones(len(centres))] @ np.asarray(grid)).astype(int)
+    positions = pixel_positions(centres, d, grid, model.config['n_pos'], name).numpy()
     out = AnnData(X, obsm={'spatial': centres})
     out.var_names, out.obs_names = about(model, 'genes'), [f'{i}x{j}' for i,j in cells]
     out.obs['array_col'], out.obs['array_row'] = positions.T
