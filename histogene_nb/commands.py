@@ -17,7 +17,7 @@ from typing import Annotated
 import histogene_nb
 from . import evaluation as ev
 from .sections import InputError, add_hires, data_folder, download_her2st, new_section, read_her2st, released_sections, section_name, whole_file
-from .tissue import synthetic_section
+from .tissue import GENES, synthetic_section
 from .expression import normalize, read_panel, select_panel
 from .model import HisToGene, from_pretrained, save_pretrained
 from .training import default_device, fit, plot_losses, predict, run_model, train
@@ -289,6 +289,7 @@ def histogene_reproduce(
     by:str='section', # What is left out: section, patient or both
     methods:str='all', # baselines, HisToGene, ST-Net; several with commas
     panel:str=None, # File of genes to predict (default: the paper's rule in each training fold)
+    only:str=None, # Folds to run, by the sections that they leave out, such as C3; several with commas (default: all)
     seeds:int=1, # Models a fold
     epochs:int=None, # Passes over the sections of HisToGene (default: 100; synthetic: 40)
     backbone:str='densenet121', # Of ST-Net; efficientnet_lite0 needs no network
@@ -300,6 +301,7 @@ def histogene_reproduce(
     cores:int=None, # Of each fold
     gpus:float=0, # Of each fold, on a Ray cluster
     cache:str=None, # Folder that keeps patches (default: in the run's folder)
+    gene_sets:str=None, # Pathways for figure 2b: a GMT file, or a library's name for gseapy to download (default: none; synthetic: its programmes)
 ):
     "Cross-validate as the paper does, and leave the tables of its figures"
     start, out, synthetic = time.perf_counter(), Path(out), list(sections or ()) == ['synthetic']
@@ -314,7 +316,7 @@ def histogene_reproduce(
         if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}.')
     if by not in ('section', 'patient', 'both'): raise InputError(f'--by is section, patient or both, not {by}.')
     genes = read_panel(panel) if panel else dict(n_top=120, min_spots=150) if synthetic else {}
-    done = cross_validate(read, catalogue, {m: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, seeds=tuple(range(seeds)), device=device,
+    done = cross_validate(read, catalogue, {m: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
                           cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus, command=command)
-    write_tables(out, out/'tables', read)
+    write_tables(out, out/'tables', read, gene_sets or ({k: g.split() for k,g in GENES.items()} if synthetic else None))
     print(f'{len(done)} folds in {_minutes(time.perf_counter() - start)}; tables in {out/"tables"}')

@@ -214,15 +214,14 @@ def _minutes(seconds): return f'{seconds:.0f} s' if seconds < 100 else f'{second
 def seconds_left(
     todo:list, # of (method, training spots) of the folds still to do
     done:list, # of fold.json's contents
-)->float: # NaN where no fold of any method has been timed
+)->float: # NaN while no fold of one of the methods has been timed
     "Time for the rest, from each method's measured seconds per training spot"
     rate = {}
     for m in {d['method'] for d in done}:
         mine = [d for d in done if d['method'] == m]
         mine = [d for d in mine if not d['resumed']] or mine                                   # the time of a resumed fold lacks its first part
         rate[m] = sum(d['seconds'] for d in mine)/sum(d['n_training_spots'] for d in mine)
-    usual = max(rate.values(), default=float('nan'))                                          # a method that has not been timed yet
-    return sum(spots*rate.get(m, usual) for m,spots in todo)
+    return sum(spots*rate.get(m, float('nan')) for m,spots in todo)
 
 def cross_validate(
     read, # name of a section -> the section
@@ -232,6 +231,7 @@ def cross_validate(
     by:tuple=('section',), # what is left out: 'section', 'patient' or both
     panel:list|dict|None=None, # genes; or how `select_panel` chooses them in each training fold
     normalization:str='paper', # see `normalize`
+    only:tuple|None=None, # folds to run, by name; all unless given
     seeds:tuple=(0,), # one model each
     device:str|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
@@ -246,6 +246,8 @@ def cross_validate(
     folds = {fold_name(test): (training, test) for b in by for _,training,test in leave_one_out(catalogue, b)}
     for name,(training,_) in folds.items():
         if not training: raise InputError(f'Without {name} there is no section left to train on. Give more sections or patients.')
+    if unknown := set(only or ()) - set(folds): raise InputError(f'There is no fold {", ".join(sorted(unknown))}; there are {", ".join(folds)}.')
+    folds = {f: v for f,v in folds.items() if only is None or f in only}
     out.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
@@ -266,7 +268,7 @@ def cross_validate(
             done[key] = found
             r = ', '.join(f"{method} {mean:.3f}" for method,mean in pd.DataFrame(found['mean_r']).groupby('method', sort=False)['mean'].mean().items())
             left = seconds_left([(k[0], spots[k]) for k in tasks if k not in done], list(done.values()))/at_once
-            print(f"{key[0]}, {key[1]} left out, seed {key[2]}: mean r {r}; {_minutes(found['seconds'])}. {len(done)} of {len(tasks)} done" + (f', about {_minutes(left)} left' if left else ''), flush=True)
+            print(f"{key[0]}, {key[1]} left out, seed {key[2]}: mean r {r}; {_minutes(found['seconds'])}. {len(done)} of {len(tasks)} done" + ('' if len(done) == len(tasks) else ', time left not known yet' if np.isnan(left) else f', about {_minutes(left)} left'), flush=True)
         if len(done) < len(tasks): print(f'{len(tasks) - len(done)} folds did not fit into the budget of {budget:g} h; give the same call again to go on')
     return [done[k] for k in tasks if k in done]
 
@@ -288,7 +290,9 @@ def _on_ray(address, todo, late, cores, gpus):
     def results():
         waiting, running = list(todo), {}
         while waiting or running:
-            while waiting and len(running) < at_once and not late(waiting[0]): running[fold.remote(**todo[waiting[0]])] = waiting.pop(0)
+            while waiting and len(running) < at_once and not late(waiting[0]):
+                key = waiting.pop(0)
+                running[fold.remote(**todo[key])] = key
             if not running: return
             ready = ray.wait(list(running))[0][0]
             yield running.pop(ready), ray.get(ready)
@@ -311,21 +315,24 @@ def _folds(run):
     return [{**json.loads(f.read_text(encoding='utf-8')), 'folder': f.parent} for f in files]
 
 def _wide(folds):
-    "r by gene (rows) and method, fold, section, seed, n (columns)"
+    "r by gene (rows) and method, fold, section, seed, n (columns); inf where there is no r, NaN where the fold's panel lacks the gene"
     found = {}
     for f in folds:
         for (m,s),t in pd.read_csv(f['folder']/'scores.csv').groupby(['method', 'section'], sort=False):
-            found[m, fold_name(f['test']), s, f['seed'], int(t.n.iloc[0])] = t.set_index('gene').r
+            found[m, fold_name(f['test']), s, f['seed'], int(t.n.iloc[0])] = t.set_index('gene').r.fillna(np.inf)
     return pd.DataFrame(found).rename_axis(columns=['method', 'fold', 'section', 'seed', 'n'])
+
+def _has_r(by): return any(c.r.notna().any() for c in by.values())                    # the training mean has none
 
 def _best_genes(tables, n=4):
     "The best genes of each method, by the paper's ranking over sections"
-    return sorted({g for m,by in correlations(tables).items() if any(c.r.notna().any() for c in by.values()) for g in ev.rank_genes(by).index[:n]})
+    return sorted({g for m,by in correlations(tables).items() if _has_r(by) for g in ev.rank_genes(by).index[:n]})
 
 def write_tables(
     run:str|Path, # folder of a run
     folder:str|Path, # where the tables go
     read, # name of a section -> the section
+    gene_sets=None, # pathways for figure 2b, see `enrich_pathways`; without them, that table is left out
 ):
     "The small part of a run that the figures are drawn from"
     folds, folder = _folds(run), Path(folder)
@@ -334,9 +341,11 @@ def write_tables(
     tables['folds'] = pd.DataFrame([{**{k: v for k,v in f.items() if k not in (*_LISTS, 'folder')}, 'fold': fold_name(f['test'])} for f in folds])
     tables['attention'] = pd.DataFrame([{**row, 'fold': fold_name(f['test']), 'seed': f['seed']} for f in folds for row in f.get('attention', [])])
     tables['clusters'], tables['maps'] = _maps(folds, tables, read)
+    if gene_sets is not None: tables['pathways'] = pd.concat([ev.enrich_pathways(ev.rank_genes(by), gene_sets).reset_index().assign(method=m) for m,by in correlations(tables).items() if _has_r(by)])
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder/'run.json') as part: part.write_text(json.dumps(known, indent=1), encoding='utf-8')
-    for name,digits in (('folds', 3), ('r', 5), ('attention', 6), ('clusters', 4), ('maps', 3)):
+    for name,digits in (('folds', 3), ('r', 5), ('attention', 6), ('clusters', 4), ('maps', 3), ('pathways', 4)):
+        if name not in tables: continue
         with whole_file(folder/f'{name}.csv') as part: tables[name].to_csv(part, index=name == 'r', float_format=f'%.{digits}g')
 
 def _maps(folds, tables, read):
@@ -367,14 +376,15 @@ def _maps(folds, tables, read):
 
 def read_tables(
     folder:str|Path, # as `write_tables` left it
-)->dict: # run (dict), folds, r, attention, clusters, maps (DataFrames)
+)->dict: # run (dict), folds, r, attention, clusters, maps and, if there, pathways (DataFrames)
     "The tables of a run"
     folder = Path(folder)
     if not (folder/'run.json').is_file(): raise InputError(f'{folder}: there are no tables of a run here. histogene_reproduce makes them.')
     read = lambda name: pd.read_csv(folder/f'{name}.csv', dtype={'cluster': str}) if (folder/f'{name}.csv').stat().st_size > 2 else pd.DataFrame()
     r = pd.read_csv(folder/'r.csv', header=list(range(5)), index_col=0)
     r.columns = pd.MultiIndex.from_tuples([(m, f, s, int(seed), int(n)) for m,f,s,seed,n in r.columns], names=['method', 'fold', 'section', 'seed', 'n'])
-    return dict(run=json.loads((folder/'run.json').read_text(encoding='utf-8')), r=r.rename_axis('gene'), **{k: read(k) for k in ('folds', 'attention', 'clusters', 'maps')})
+    more = [k for k in ('folds', 'attention', 'clusters', 'maps', 'pathways') if (folder/f'{k}.csv').is_file()]
+    return dict(run=json.loads((folder/'run.json').read_text(encoding='utf-8')), r=r.rename_axis('gene'), **{k: read(k) for k in more})
 
 def correlations(
     tables:dict, # from `read_tables`
@@ -385,7 +395,7 @@ def correlations(
     folds, r, found = fold_names(tables['run']['sections'], by), tables['r'], {}
     seed = r.columns.get_level_values('seed').min() if seed is None else seed
     for m,f,s,which,n in r.columns:
-        if f in folds and which == seed: found.setdefault(m, {})[s] = ev.correlation_table(r[m, f, s, which, n], n)
+        if f in folds and which == seed: found.setdefault(m, {})[s] = ev.correlation_table(r[m, f, s, which, n].dropna().replace(np.inf, np.nan), n)
     return {m: dict(sorted(by_section.items())) for m,by_section in found.items()}
 
 def map_section(

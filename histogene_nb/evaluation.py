@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'CLUSTER_COLORS', 'gene_correlations', 'correlation_table', 'summarize', 'mean_baseline',
-           'position_baseline', 'rank_genes', 'plot_gene', 'plot_genes', 'plot_boxes', 'cluster_spots', 'label_ari',
-           'plot_clusters', 'html_report']
+           'position_baseline', 'rank_genes', 'enrich_pathways', 'plot_gene', 'plot_genes', 'plot_boxes',
+           'cluster_spots', 'label_ari', 'plot_clusters', 'html_report']
 
 # %% ../nbs/library/09_evaluation.ipynb #90a02035
 import base64, html, io
@@ -148,6 +148,37 @@ def rank_genes(correlations:dict, # section name -> DataFrame from `gene_correla
     df = df.sort_values('mean_neg_log10_p', ascending=False, kind='stable').rename_axis('gene')
     df.insert(0, 'rank', np.arange(1, len(df)+1))
     return df
+
+# %% ../nbs/library/09_evaluation.ipynb #e45a5acf
+def _gene_sets(sets):
+    "Gene sets as a dictionary, from a dictionary, a GMT file or a library's name"
+    import gseapy
+    if isinstance(sets, dict): return sets
+    if Path(sets).is_file(): return gseapy.read_gmt(str(sets))
+    if Path(sets).suffix: raise InputError(f'{sets}: there is no such file of gene sets.')
+    try: return gseapy.get_library(str(sets))
+    except Exception as e: raise InputError(f'{sets}: gseapy cannot download gene sets of this name ({type(e).__name__}). Give a GMT file, or one of gseapy.get_library_name().') from e
+
+def enrich_pathways(
+    ranking:pd.DataFrame, # from `rank_genes`
+    gene_sets, # a GMT file, a dictionary of lists, or the name of a library that gseapy downloads
+    top:int=100, # how many of the best genes
+    permutations:int=10_000, # of the gene list
+    min_size:int=3, # genes of a pathway among the top ones, to be tested
+    seed:int=0, # of the permutations
+)->pd.DataFrame: # pathways, smallest p first: es, p, fdr; n_top, n_ranked (genes in it), p_overlap, fdr_overlap; genes
+    "Pathways enriched among the best genes, by gene set enrichment and by overlap (paper: Figure 2b)"
+    import gseapy                                         # takes seconds, and only this needs it
+    sets, best = _gene_sets(gene_sets), ranking.mean_neg_log10_p.iloc[:top]
+    sets = {k: v for k,v in sets.items() if len(set(v) & set(best.index)) >= min_size}
+    if not sets: raise InputError(f'none of the gene sets holds {min_size} of the top {len(best)} genes: are both human gene symbols?')
+    walk = gseapy.prerank(best, sets, permutation_num=permutations, min_size=min_size, max_size=len(best), seed=seed, threads=1, outdir=None).res2d.set_index('Term')
+    over = gseapy.enrich(list(best.index), sets, background=list(ranking.index), outdir=None, no_plot=True).results.set_index('Term').loc[walk.index]
+    counts = over.Overlap.str.split('/', expand=True).astype(int)
+    genes = [';'.join(g for g in best.index if g in set(sets[t])) for t in walk.index]
+    found = pd.DataFrame(dict(es=walk.ES, p=walk['NOM p-val'], fdr=walk['FDR q-val'], n_top=counts[0], n_ranked=counts[1],
+                              p_overlap=over['P-value'], fdr_overlap=over['Adjusted P-value'], genes=genes)).astype({k: float for k in ('es', 'p', 'fdr')})
+    return found.sort_values(['p', 'p_overlap']).rename_axis('pathway')
 
 # %% ../nbs/library/09_evaluation.ipynb #61c272d5
 METHOD_COLORS = {'observed': '#000000', 'HisToGene': '#0072B2', 'HisToGene*': '#56B4E9', 'HisToGene_SR': '#CC79A7',
