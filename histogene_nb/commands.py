@@ -17,6 +17,7 @@ from typing import Annotated
 import histogene_nb
 from . import evaluation as ev
 from .sections import InputError, add_hires, data_folder, download_her2st, new_section, read_her2st, released_sections, section_name, whole_file
+from .cscc import cscc_catalogue, cscc_folder, download_cscc, read_cscc
 from .tissue import GENES, synthetic_section
 from .expression import normalize, read_panel, select_panel
 from .model import HisToGene, from_pretrained, save_pretrained
@@ -62,19 +63,21 @@ def _command(name, *args):
 @call_parse
 @_shell
 def histogene_download(
-    sections:_words('Sections, such as B4 C2 (default: all 36)', opt=False, nargs='*')=None, # such as B4 C2; all 36 unless given
+    sections:_words('Sections, such as B4 C2, or the one word cscc (default: all 36 HER2+)', opt=False, nargs='*')=None, # such as B4 C2, or ['cscc']; all 36 HER2+ unless given
     root:str=None, # Folder to fill (default: where the other commands look)
     images:bool=True, # The full-resolution images too
 ):
-    "Download HER2+ breast cancer sections"
-    print('HER2+ data in', download_her2st(root, sections or None, images))
+    "Download HER2+ breast cancer sections, or the cSCC series"
+    if list(sections or ()) == ['cscc']: print('cSCC data in', download_cscc(root, None, images))
+    else: print('HER2+ data in', download_her2st(root, sections or None, images))
 
 # %% ../nbs/library/12_commands.ipynb #a0632d1b
 def read_section(
-    name:str, # a HER2+ section such as 'B4', or the path of an .h5ad file
+    name:str, # a HER2+ section such as 'B4', a cSCC section such as 'P2_ST_rep1', or the path of an .h5ad file
     root:str|Path|None=None, # folder of the HER2+ data; `data_folder()` unless given
 )->ad.AnnData: # the section, checked for what the other functions need
     "A section by name or file"
+    if str(name) in cscc_catalogue().index: return read_cscc(root or cscc_folder(), str(name), verbose=False)
     if not str(name).endswith('.h5ad'): return read_her2st(root or data_folder(), str(name))
     if not Path(name).is_file(): raise InputError(f'{name}: there is no such file.')
     try: section = ad.read_h5ad(name)
@@ -242,8 +245,8 @@ SYNTHETIC = {n: n[0] for n in ('X1', 'X2', 'Y1', 'Y2')}                         
 _SMALL = dict(epochs=40, lr=1e-3, dim=128, depth=4, heads=4)                                     # a model that learns from four sections in seconds
 
 def reader(
-    sections:list|None=None, # names or .h5ad files; ['synthetic'] for synthetic tissue; the paper's 32 sections unless given
-    root:str|Path|None=None, # folder of the HER2+ data; `data_folder()` unless given
+    sections:list|None=None, # names or .h5ad files; ['synthetic'] for synthetic tissue, ['cscc'] for that series; the paper's 32 sections unless given
+    root:str|Path|None=None, # folder of the data; `data_folder()` unless given
     folder:str|Path='tissue', # where synthetic tissue is drawn
 )->tuple: # a function from a name to its section, and the catalogue: index section, column patient
     "How to read the sections of a run"
@@ -253,11 +256,15 @@ def reader(
             if name not in made: made[name] = synthetic_section(folder, name)
             return made[name]
         return read, pd.DataFrame(dict(patient=SYNTHETIC))
+    if list(sections or ()) == ['cscc']: sections = list(cscc_catalogue().index)
     read = partial(_quietly, root=root)
     names = {section_name(s): (given, s.uns['histogene'].get('patient', section_name(s))) for given in sections or released_sections() for s in [read(given)]}
     return (lambda name: read(names[name][0])), pd.DataFrame(dict(patient={k: p for k,(_,p) in names.items()}))
 
-def _quietly(name, root): return read_section(name, root) if name.endswith('.h5ad') else read_her2st(root or data_folder(), name, verbose=False)
+def _quietly(name, root):
+    "A section by name or file, without a word on what its files left out"
+    by_name = name.endswith('.h5ad') or name in cscc_catalogue().index
+    return read_section(name, root) if by_name else read_her2st(root or data_folder(), name, verbose=False)
 
 def measured_rates(
     spots:int, # of a typical section
@@ -283,9 +290,9 @@ def measured_rates(
 @call_parse
 @_shell
 def histogene_reproduce(
-    sections:_words("Sections: names such as B4 C2, .h5ad files, or the one word synthetic (default: the paper's 32)", opt=False, nargs='*')=None, # names, .h5ad files, or ['synthetic']; the paper's 32 unless given
+    sections:_words("Sections: names such as B4 C2, .h5ad files, or the one word synthetic or cscc (default: the paper's 32)", opt=False, nargs='*')=None, # names, .h5ad files, ['synthetic'] or ['cscc']; the paper's 32 unless given
     out:str='reproduced', # Folder of the run; one that is there already is continued
-    root:str=None, # Folder of the HER2+ data
+    root:str=None, # Folder of the data
     by:str='section', # What is left out: section, patient or both
     methods:str='all', # baselines, HisToGene, ST-Net; several with commas
     panel:str=None, # File of genes to predict (default: the paper's rule in each training fold)

@@ -328,6 +328,23 @@ def join_report(
     notes = [f'{h[k]} {text}' for k,text in _left_out.items() if h.get(k)]
     return '; '.join([f'{section_name(section)}: {section.n_obs} spots, {section.n_vars} genes'] + notes)
 
+# %% ../nbs/library/00_sections.ipynb #df3b8813
+def _join(counts_file, spot_file):
+    "Counts and positions of the spots that have both, for `new_section`; the spots as an index; and what was left out"
+    ids, genes, X = _read_counts(counts_file)
+    counted, rounded = _grid(*zip(*(i.partition('x')[::2] for i in ids)), counts_file)
+    table = _read_table(spot_file, ['x', 'y', 'pixel_x', 'pixel_y'])
+    placed, rounded_too = _grid(table.x, table.y, spot_file)
+    rows = placed.get_indexer(counted)
+    keep = rows >= 0
+    if not keep.any():
+        raise InputError(f'{counts_file}: no spot of it is in {spot_file.name}. Are they of the same section? {_AGAIN}')
+    spots = counted[keep]
+    spatial = table[['pixel_x', 'pixel_y']].apply(pd.to_numeric, errors='coerce').to_numpy(float)[rows[keep]]
+    x,y = (spots.get_level_values(i) for i in 'xy')
+    joined = dict(counts=X[keep], genes=genes, spots=[f'{i}x{j}' for i,j in spots], spatial=spatial, array_col=x, array_row=y)
+    return joined, spots, dict(ids_rounded=rounded + rounded_too, counts_without_spot=int((~keep).sum()), spots_without_counts=int((~placed.isin(counted)).sum()))
+
 # %% ../nbs/library/00_sections.ipynb #d479db04
 def read_her2st(
     root:str|Path, # folder that holds ST-cnts, ST-spotfiles, ST-pat and ST-imgs
@@ -341,22 +358,11 @@ def read_her2st(
     spot_file = _find(root, name, 'spot file', f'ST-spotfiles/{name}_selection.tsv')
     label_file = _find(root, name, 'labels', f'ST-pat/lbl/{name}_labeled_coordinates.tsv', needed=False)
     image = _find(root, name, 'image', f'ST-imgs/{name[0]}/{name}/[!.]*', needed=False)
-    ids, genes, X = _read_counts(counts_file)
-    counted, rounded = _grid(*zip(*(i.partition('x')[::2] for i in ids)), counts_file)
-    table = _read_table(spot_file, ['x', 'y', 'pixel_x', 'pixel_y'])
-    placed, rounded_too = _grid(table.x, table.y, spot_file)
-    rows = placed.get_indexer(counted)
-    keep = rows >= 0
-    if not keep.any():
-        raise InputError(f'{counts_file}: no spot of it is in {spot_file.name}. Are they of the same section? {_AGAIN}')
-    spots = counted[keep]
+    joined, spots, left_out = _join(counts_file, spot_file)
     labels, no_spot, no_position = _read_labels(label_file, spots) if label_file else (None, 0, 0)
-    spatial = table[['pixel_x', 'pixel_y']].apply(pd.to_numeric, errors='coerce').to_numpy(float)[rows[keep]]
-    x,y = (spots.get_level_values(i) for i in 'xy')
-    section = new_section(X[keep], genes, [f'{i}x{j}' for i,j in spots], spatial, x, y, name, name[0], image, spot_diameter,
-                          'HER2+ breast tumours, github.com/almaan/her2st', labels)
-    section.uns['histogene'].update(ids_rounded=rounded + rounded_too, counts_without_spot=int((~keep).sum()),
-        spots_without_counts=int((~placed.isin(counted)).sum()), labels_without_spot=no_spot, labels_without_position=no_position,
+    section = new_section(**joined, name=name, patient=name[0], image_path=image, spot_diameter=spot_diameter,
+                          source='HER2+ breast tumours, github.com/almaan/her2st', annotation=labels)
+    section.uns['histogene'].update(**left_out, labels_without_spot=no_spot, labels_without_position=no_position,
         empty_spots=int((section.X.sum(1) == 0).sum()))
     if verbose and any(section.uns['histogene'][k] for k in _left_out): print(join_report(section))
     return section
