@@ -263,7 +263,7 @@ def cross_validate(
         if done: print(f'{len(done)} of {len(tasks)} folds are done already')
         todo = {k: t for k,t in tasks.items() if k not in done}
         late = lambda key: budget is not None and time.perf_counter() - start + np.nan_to_num(seconds_left([(key[0], spots[key])], list(done.values()))) > 3600*budget
-        at_once, results = _on_ray(ray, todo, late, cores, gpus) if ray else (1, _here(todo, late))
+        at_once, results = _on_ray(ray, todo, late, cores, gpus) if ray and todo else (1, _here(todo, late))
         for key,found in results:
             done[key] = found
             r = ', '.join(f"{method} {mean:.3f}" for method,mean in pd.DataFrame(found['mean_r']).groupby('method', sort=False)['mean'].mean().items())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GEO_URL', 'cscc_catalogue', 'write_cscc', 'read_cscc', 'cscc_folder', 'download_cscc']
 
-# %% ../nbs/library/13_cscc.ipynb #2adda078
+# %% ../nbs/library/13_cscc.ipynb #748fa1bf
 import gzip, os, shutil, zlib
 from pathlib import Path
 import pandas as pd, pooch, requests
@@ -14,7 +14,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from .sections import InputError, _find, _join, check_counts, new_section, section_name, whole_file
 
-# %% ../nbs/library/13_cscc.ipynb #0c772ac7
+# %% ../nbs/library/13_cscc.ipynb #d167c753
 def cscc_catalogue(
 )->pd.DataFrame: # index: section; columns: patient, sample
     "The twelve sections of the series (paper: Supplementary Note 1)"
@@ -27,7 +27,7 @@ def _section(name):
     if name not in catalogue.index: raise InputError(f'There is no section {name!r} in the cSCC series; the sections are {", ".join(catalogue.index)}.')
     return catalogue.loc[name]
 
-# %% ../nbs/library/13_cscc.ipynb #b44b2de9
+# %% ../nbs/library/13_cscc.ipynb #e598739c
 def write_cscc(
     section:AnnData, # counts, spots and an image
     root:str|Path, # folder, made if need be
@@ -49,7 +49,7 @@ def write_cscc(
     with whole_file(root/f'{sample}_{name}.jpg') as part: shutil.copyfile(image, part)
     return root
 
-# %% ../nbs/library/13_cscc.ipynb #bc2a652a
+# %% ../nbs/library/13_cscc.ipynb #61005825
 def read_cscc(
     root:str|Path, # folder with the files of the series, unpacked or not
     name:str, # section, such as 'P2_ST_rep1'
@@ -67,7 +67,7 @@ def read_cscc(
     if verbose: print(f'{name}: {len(section)} spots under tissue, {left_out["counts_without_spot"]} beside it; {left_out["spots_without_counts"]} selected without counts; {section.n_vars} genes')
     return section
 
-# %% ../nbs/library/13_cscc.ipynb #b83c5ca1
+# %% ../nbs/library/13_cscc.ipynb #72c1cb50
 GEO_URL = 'https://ftp.ncbi.nlm.nih.gov/geo/samples'
 
 def cscc_folder(
