@@ -77,7 +77,8 @@ def _load_checkpoint(file, model, opt, fingerprint):
         if state['fingerprint'] != fingerprint:
             raise InputError(f'{file}: this checkpoint is of a run with other data or settings. Train in another folder, or delete it to start anew.')
         model.load_state_dict({k[6:]: t for k,t in tensors.items() if k.startswith('model.')})
-        adam = {i: {k: tensors[f'adam.{name}.{k}'] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i,(name,_) in enumerate(model.named_parameters())}
+        in_order = lambda t, w: torch.empty_like(w, device='cpu').copy_(t)               # in memory as the weight is: fused Adam pairs them by address
+        adam = {i: {'step': tensors[f'adam.{name}.step'], **{k: in_order(tensors[f'adam.{name}.{k}'], w) for k in ('exp_avg', 'exp_avg_sq')}} for i,(name,w) in enumerate(model.named_parameters())}
     except (SafetensorError, KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError) as e:
         raise InputError(f'{file}: this checkpoint is damaged ({e}). Delete it to start the training anew.') from e
     opt.load_state_dict({'state': adam, 'param_groups': opt.state_dict()['param_groups']})

@@ -2,9 +2,11 @@
 import json, os, signal, subprocess, sys, textwrap, time
 import filelock, pandas as pd, psutil, pytest
 from functools import partial
-from histogene_nb.crossval import baselines, cross_validate, fold_names, histogene, read_tables, seconds_left, write_tables
+from histogene_nb.crossval import baselines, correlations, cross_validate, fold_names, histogene, read_tables, seconds_left, write_tables
 from histogene_nb.sections import InputError
 from histogene_nb.tissue import synthetic_section
+
+os.environ['RAY_raylet_start_wait_time_s'] = '180'             # a busy machine takes longer than Ray's 30 s to start it
 
 NAMES = ['X1', 'X2', 'Y1']
 RULE = dict(n_top=30, min_spots=30)
@@ -65,6 +67,9 @@ def test_ray_with_a_worker_killed(tissue, sequential, tmp_path):
     assert run.returncode == 0, said
     assert '3 of 3 done' in said
     same(out, sequential)
+    for f in out.glob('*/fold.json'):                                # each line tells of the fold that it names
+        found = json.loads(f.read_text())
+        assert f"HisToGene, {found['test'][0]} left out, seed 0: mean r HisToGene {found['mean_r'][0]['mean']:.3f}" in said
 
 def test_ray_without_enough_cores(tissue, tmp_path):
     ray = pytest.importorskip('ray')
@@ -106,6 +111,22 @@ def test_failed_fold_leaves_the_others(tissue, tmp_path):
 def test_time_left():
     done = [dict(method='a', seconds=10, n_training_spots=100, resumed=False), dict(method='a', seconds=1, n_training_spots=100, resumed=True)]
     assert seconds_left([('a', 200), ('a', 100)], done) == pytest.approx(30)
+    assert seconds_left([('a', 200), ('b', 100)], done) != seconds_left([('a', 200), ('b', 100)], done)          # NaN: b has not been timed
+
+def test_only_some_folds(tissue, tmp_path):
+    args = (tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run')
+    assert [f['test'] for f in cross_validate(*args, panel=RULE, only=['X2'])] == [['X2']]
+    with pytest.raises(InputError, match='There is no fold Z9; there are X1, X2, Y1'): cross_validate(*args, panel=RULE, only=['Z9'])
+
+def test_no_r_and_not_in_the_panel_are_told_apart(tissue, tmp_path):
+    "The training mean has no r at the genes of its panel, and no entry at the others"
+    cross_validate(tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run', panel=RULE)
+    write_tables(tmp_path/'run', tmp_path/'tables', tissue[1].__getitem__)
+    tables = read_tables(tmp_path/'tables')
+    folds = {f['test'][0]: f['genes'] for f in (json.loads(p.read_text()) for p in (tmp_path/'run').glob('*/fold.json'))}
+    assert len({tuple(g) for g in folds.values()}) > 1, 'the panels of the folds should differ, or this tests nothing'
+    for section,c in correlations(tables)['training mean'].items():
+        assert sorted(c.index) == sorted(folds[section]) and c.r.isna().all()
 
 def test_tables_of_a_run_without_folds(tmp_path):
     with pytest.raises(InputError, match='no fold is finished'): write_tables(tmp_path, tmp_path/'tables', None)
