@@ -13,7 +13,7 @@ from scipy import ndimage, sparse
 from .sections import InputError, add_hires, open_image, section_name
 from .expression import SCALES
 from .patches import dense_grid, extract_patches, in_tissue, tissue_mask
-from .position import fit_grid, pixel_positions
+from .position import fit_grid, grid_positions, pixel_positions
 from .model import HisToGene
 from .training import about, run_model
 
@@ -92,6 +92,7 @@ def predict_superres(
     cache:str|Path|None=None, # folder that keeps patches
 )->AnnData: # sub-patches x panel, each the mean over the patches that cover it
     "Super-resolved expression of a section (paper: Predicting gene expression at super-resolution)"
+    grid_positions(section, model.config['n_pos'])                                # spots beyond the array are an error; tissue past them is not
     mask, scale = section_mask(section)
     return predict_dense(model, section, factor, fit_grid(section), mask, scale, device, cache)
 
