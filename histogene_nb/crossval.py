@@ -341,7 +341,8 @@ def write_tables(
     tables['folds'] = pd.DataFrame([{**{k: v for k,v in f.items() if k not in (*_LISTS, 'folder')}, 'fold': fold_name(f['test'])} for f in folds])
     tables['attention'] = pd.DataFrame([{**row, 'fold': fold_name(f['test']), 'seed': f['seed']} for f in folds for row in f.get('attention', [])])
     tables['clusters'], tables['maps'] = _maps(folds, tables, read)
-    if gene_sets is not None: tables['pathways'] = pd.concat([ev.enrich_pathways(ev.rank_genes(by), gene_sets).reset_index().assign(method=m) for m,by in correlations(tables).items() if _has_r(by)])
+    ranked = {m: ev.rank_genes(by) for m,by in correlations(tables).items() if _has_r(by)}
+    if gene_sets is not None and ranked: tables['pathways'] = pd.concat([ev.enrich_pathways(r, gene_sets).reset_index().assign(method=m) for m,r in ranked.items()])
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder/'run.json') as part: part.write_text(json.dumps(known, indent=1), encoding='utf-8')
     for name,digits in (('folds', 3), ('r', 5), ('attention', 6), ('clusters', 4), ('maps', 3), ('pathways', 4)):
@@ -372,7 +373,7 @@ def _maps(folds, tables, read):
             kept = [] if method == 'observed' else shown[section] if not at_spots else [g for g in genes if g in p.var_names]
             values = p[:, kept].to_df()
             maps.append(place.join(p.obs[looks]).join(values).rename_axis('spot').reset_index())
-    return pd.DataFrame(clusters), pd.concat(maps, ignore_index=True)
+    return pd.DataFrame(clusters), pd.concat(maps, ignore_index=True) if maps else pd.DataFrame()
 
 def read_tables(
     folder:str|Path, # as `write_tables` left it

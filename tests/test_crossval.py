@@ -118,6 +118,13 @@ def test_only_some_folds(tissue, tmp_path):
     assert [f['test'] for f in cross_validate(*args, panel=RULE, only=['X2'])] == [['X2']]
     with pytest.raises(InputError, match='There is no fold Z9; there are X1, X2, Y1'): cross_validate(*args, panel=RULE, only=['Z9'])
 
+def test_tables_of_a_patient_alone(tissue, tmp_path):
+    "No fold leaves out a single section: correlations, but no maps and no clusters"
+    cross_validate(tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run', by=('patient',), panel=RULE, only=['X1+X2'])
+    write_tables(tmp_path/'run', tmp_path/'tables', tissue[1].__getitem__, {'a': ['KRT8']})
+    tables = read_tables(tmp_path/'tables')
+    assert sorted(correlations(tables, 'patient')['position only']) == ['X1', 'X2'] and tables['maps'].empty and tables['clusters'].empty
+
 def test_no_r_and_not_in_the_panel_are_told_apart(tissue, tmp_path):
     "The training mean has no r at the genes of its panel, and no entry at the others"
     cross_validate(tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run', panel=RULE)
