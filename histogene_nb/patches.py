@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
-from .sections import InputError, open_image, section_name, whole_file
+from .sections import InputError, as_rgb, open_image, section_name, whole_file
 
 # %% ../nbs/library/02_patches.ipynb #45a8c722
 def _window(image, x, y, side, size):
@@ -39,9 +39,7 @@ def cut_patches(
 )->tuple: # uint8 tensor (n, 3, size, size), and the number of patches that reached over the edge
     "Cut square patches from an image; what lies beyond its edge is white (paper: Data preprocessing)"
     side = size if side is None else side
-    if image.mode[0] in 'IF':
-        raise InputError(f'{getattr(image, "filename", "") or "This image"}: its pixels have more than 8 bits a channel (mode {image.mode}). Export it as 8-bit RGB.')
-    if image.mode != 'RGB': image = image.convert('RGB')
+    image = as_rgb(image)
     patches, padded = np.empty((len(centres), 3, size, size), dtype=np.uint8), 0
     for out,(x,y) in zip(patches, np.asarray(centres)):
         patch, over = _window(image, x, y, side, size)

@@ -11,7 +11,7 @@ from histogene_nb.expression import common_genes, normalize, read_panel, select_
 from histogene_nb.model import HisToGene, from_pretrained, save_pretrained
 from histogene_nb.patches import extract_patches
 from histogene_nb.position import grid_positions
-from histogene_nb.sections import InputError, section_name
+from histogene_nb.sections import InputError, add_hires, section_name
 from histogene_nb.superres import predict_image, predict_superres, recover_spots
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.training import fit, predict, run_model, train, training_example
@@ -98,11 +98,25 @@ def test_image_modes(section, tmp_path, mode):
     patches = extract_patches(with_image(section, tmp_path/'he.tif'))
     assert patches.shape[1:] == (3, 112, 112) and (patches[3].permute(1, 2, 0).numpy() == as_rgb[y:y+112, x:x+112]).all()
 
+@pytest.mark.parametrize('mode,options', [('RGBA', {}), ('LA', {}), ('P', dict(transparency=0)), ('RGB', dict(transparency=(0, 0, 0)))])
+def test_transparent_pixels_are_white(section, tmp_path, mode, options):
+    with Image.open(picture(section)) as im: rgb = im.convert('RGB')
+    x,y = np.floor(section.obsm['spatial'][3]).astype(int)
+    rgb.paste((0, 0, 0), (x-56, y-56, x, y+56))
+    image = rgb.convert('L').convert('P') if mode == 'P' else rgb.convert(mode)
+    if mode[-1] == 'A': image.putalpha(rgb.convert('L').point(lambda v: 255*(v > 0)))
+    image.save(tmp_path/'he.png', **options)
+    section = with_image(section, tmp_path/'he.png')
+    assert (extract_patches(section)[3][:, :, :56] == 255).all() and (extract_patches(section)[3][:, :, 56:] < 255).any()
+    scale = add_hires(section).uns['spatial']['X1']['scalefactors']['tissue_hires_scalef']
+    assert (section.uns['spatial']['X1']['images']['hires'][int(y*scale), int((x - 28)*scale)] == 255).all()
+
 @pytest.mark.parametrize('dtype', [np.uint16, np.int32, np.float32])
-def test_deep_images(section, tmp_path, dtype):
+def test_deep_images(section, model, tmp_path, dtype):
     with Image.open(picture(section)) as im: grey = np.asarray(im.convert('L')).astype(dtype)
     Image.fromarray(grey*200).save(tmp_path/'deep.tif')
     assert 'deep.tif' in refused('more than 8 bits.*Export it as 8-bit RGB', extract_patches, with_image(section, tmp_path/'deep.tif'))
+    assert 'deep.tif' in refused('more than 8 bits.*Export it as 8-bit RGB', predict_image, model, tmp_path/'deep.tif', 112)
 
 def test_image_without_tissue(model, tmp_path):
     Image.new('RGB', (900, 900), 'white').save(tmp_path/'glass.png')
