@@ -30,6 +30,19 @@ def _window(image, x, y, side, size):
     if side != size: patch = patch.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
     return np.asarray(patch), over
 
+# %% ../nbs/library/02_patches.ipynb #a215a65c
+def _checked(centres, sizes, where):
+    "Centres as an array, or an `InputError` where a patch has no place or no size"
+    for what,n in sizes.items():
+        if not (n >= 1 and n == round(n)): raise InputError(f'{where}: {what} is a whole number of pixels from 1, not {n}.')
+    try: centres = np.asarray(centres, dtype=np.float64)
+    except (TypeError, ValueError) as e: raise InputError(f'{where}: the patch centres are not numbers ({e}). Give (x, y) in pixels for each.') from e
+    if centres.ndim != 2 or centres.shape[1] != 2: raise InputError(f'{where}: the patch centres have shape {centres.shape}, not (n, 2). Give (x, y) in pixels for each.')
+    nowhere = ~np.isfinite(centres).all(1)
+    if nowhere.any():
+        raise InputError(f'{where}: {nowhere.sum()} of {len(centres)} patch centres are not finite, the first is number {nowhere.argmax()}. Give (x, y) in pixels for each, or leave it out.')
+    return centres
+
 # %% ../nbs/library/02_patches.ipynb #4396a78b
 def cut_patches(
     image:Image.Image, # an open image; pixels are decoded here
@@ -39,9 +52,10 @@ def cut_patches(
 )->tuple: # uint8 tensor (n, 3, size, size), and the number of patches that reached over the edge
     "Cut square patches from an image; what lies beyond its edge is white (paper: Data preprocessing)"
     side = size if side is None else side
+    centres = _checked(centres, dict(size=size, side=side), getattr(image, 'filename', '') or 'This image')
     image = as_rgb(image)
     patches, padded = np.empty((len(centres), 3, size, size), dtype=np.uint8), 0
-    for out,(x,y) in zip(patches, np.asarray(centres)):
+    for out,(x,y) in zip(patches, centres):
         patch, over = _window(image, x, y, side, size)
         out[:], padded = patch.transpose(2, 0, 1), padded + over
     return torch.from_numpy(patches), padded
@@ -87,9 +101,10 @@ def extract_patches(
     if path is None:
         raise InputError(f'{name}: this section has no image, so no patch can be cut. Put its image in place and read the section again.')
     if not Path(path).is_file(): raise InputError(f'{path}: the image of section {name} is not there any more. Put it back, or read the section again.')
-    centres = section.obsm['spatial'] if centres is None else np.asarray(centres, dtype=np.float64)
-    side = round(info['scalefactors']['spot_diameter_fullres'])
-    if side < 1: raise InputError(f'{name}: the spot diameter is {side} pixels. Give the width of a spot in full-resolution pixels.')
+    centres = _checked(section.obsm['spatial'] if centres is None else centres, dict(size=size), name)
+    diameter = info['scalefactors']['spot_diameter_fullres']
+    side = round(diameter) if np.isfinite(diameter) else 0
+    if side < 1: raise InputError(f'{name}: the spot diameter is {diameter:g} pixels. Give the width of a spot in full-resolution pixels.')
     _check_size(path, info['metadata'], name)
     file = _cache_file(cache, path, centres, size, side) if cache is not None else None
     patches = _read_cached(file, len(centres), size) if file else None
@@ -155,6 +170,7 @@ def dense_grid(
     "Centres of overlapping patches on the tissue, k*k over each sub-patch (paper: Predicting gene expression at super-resolution)"
     k = round(max(factor, 0)**.5)
     if factor < 1 or k*k != factor: raise InputError(f'A resolution factor is a square (1, 4, 9, 16, 25), not {factor}.')
+    if not 1 <= diameter < np.inf: raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. Give its width in full-resolution pixels.')
     if not mask.any(): raise InputError('There is no tissue in this image. Look at tissue_mask of its thumbnail.')
     step = diameter/k
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))

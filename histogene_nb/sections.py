@@ -55,7 +55,7 @@ def open_image(
     finally: Image.MAX_IMAGE_PIXELS = limit
     with image: yield image
 
-# %% ../nbs/library/00_sections.ipynb #c1d969d6
+# %% ../nbs/library/00_sections.ipynb #1a24a40f
 def as_rgb(
     image:Image.Image, # an open image
 )->Image.Image: # in RGB, white where it was transparent; the very same, not yet decoded, where it is plain RGB

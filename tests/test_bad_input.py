@@ -125,9 +125,34 @@ def test_image_without_tissue(model, tmp_path):
 @pytest.mark.parametrize('diameter,match', [(0, 'above 0'), (-3, 'above 0'), (float('nan'), 'above 0'), (1e6, '1200 x 1200 pixels, less than one spot')])
 def test_spot_diameter_of_an_image(section, model, diameter, match): refused(match, predict_image, model, picture(section), diameter)
 
-def test_spot_diameter_of_a_section(section):
-    section.uns['spatial']['X1']['scalefactors']['spot_diameter_fullres'] = 0.
-    refused('X1: the spot diameter is 0 pixels', extract_patches, section)
+@pytest.mark.parametrize('diameter', [0., .3, -2., float('nan'), float('inf')])
+def test_spot_diameter_of_a_section(section, diameter):
+    section.uns['spatial']['X1']['scalefactors']['spot_diameter_fullres'] = diameter
+    refused(f'X1: the spot diameter is {diameter:g} pixels', extract_patches, section)
+
+@pytest.mark.parametrize('diameter', [1, 1.4, 2])
+def test_spots_of_a_pixel_or_two(section, diameter):
+    section.uns['spatial']['X1']['scalefactors']['spot_diameter_fullres'] = diameter
+    side = round(diameter)
+    x,y = np.floor(section.obsm['spatial'][3]).astype(int) - side//2
+    with Image.open(picture(section)) as im: window = np.asarray(im.convert('RGB'))[y:y+side, x:x+side]
+    patch = extract_patches(section)[3].permute(1, 2, 0).numpy()
+    corners = [0, 0, -1, -1], [0, -1, 0, -1]
+    assert (np.abs(patch[corners].astype(int) - window[corners]) <= .1*np.ptp(window.astype(int), (0, 1))).all()       # bicubic overshoots a little
+
+def test_spot_too_small_for_a_grid(model, section): refused('at least one pixel', predict_image, model, picture(section), .3)
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_centres_that_are_not_finite(section, tmp_path, value):
+    n, section.obsm['spatial'][[2, 4], 1] = len(section), value
+    refused(f'X1: 2 of {n} patch centres are not finite, the first is number 2', extract_patches, section, cache=tmp_path/'cache')
+    assert not (tmp_path/'cache').exists()
+
+@pytest.mark.parametrize('centres,match', [(np.zeros((3, 3)), r'shape \(3, 3\)'), ([5, 5], r'shape \(2,\)'), (5, r'shape \(\)'), (np.zeros(0), r'shape \(0,\)'), ([['a', 'b']], 'not numbers'), ([[1, 2], [3]], 'not numbers')])
+def test_centres_of_another_shape(section, centres, match): refused(f'X1: the patch centres .*{match}', extract_patches, section, centres=centres)
+
+@pytest.mark.parametrize('size', [0, -1, .5, float('nan')])
+def test_size_of_patches(section, size): refused(f'X1: size is a whole number of pixels from 1, not {size}', extract_patches, section, size)
 
 # --- genes
 
