@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'common_genes', 'variable_genes', 'select_panel', 'read_pan
 
 # %% ../nbs/library/03_expression.ipynb #d87187e4
 from pathlib import Path
-import numpy as np, pandas as pd, scanpy as sc
+import numpy as np, pandas as pd, scanpy as sc, torch
 from anndata import AnnData
 from scipy import sparse
 from .sections import InputError, section_name
@@ -28,8 +28,11 @@ def variable_genes(
     n_top:int=1000, # how many
 )->list: # gene symbols
     "The section's most variable genes: scanpy's default flavour on ln(CPM + 1)"
-    logged = AnnData(section.X.astype(np.float32), var=section.var[[]].copy())
+    if not (isinstance(n_top, (int, np.integer)) and n_top >= 1): raise InputError(f'How many variable genes to take (n_top) is a whole number from 1, not {n_top}.')
+    if not section.X.sum(): raise InputError(f'{next(iter(section.uns.get("spatial", {})), "This section")}: there is no count above 0, so no gene is variable. Leave the section out.')
+    logged, threads = AnnData(section.X.astype(np.float32), var=section.var[[]].copy()), torch.get_num_threads()
     sc.pp.normalize_total(logged, target_sum=1e6)
+    torch.set_num_threads(threads)                                                    # numba, which scanpy computes with, sets OpenMP's number for torch too
     sc.pp.log1p(logged)
     return list(section.var_names[sc.pp.highly_variable_genes(logged, n_top_genes=min(n_top, section.n_vars), inplace=False).highly_variable])
 
@@ -40,6 +43,7 @@ def select_panel(
     min_spots:int=1000, # spots, over all sections, in which a gene must be expressed
 )->list: # gene symbols, in the first section's order
     "The paper's gene panel: common genes, variable in a section, expressed in enough spots (paper: Data preprocessing)"
+    if not min_spots >= 0: raise InputError(f'In how many spots a gene must be expressed (min_spots) is a number from 0, not {min_spots}.')
     common = common_genes(sections)
     sections = [s[:, common] for s in sections]
     variable = set().union(*(variable_genes(s, n_top) for s in sections))

@@ -30,11 +30,11 @@ def _window(image, x, y, side, size):
     if side != size: patch = patch.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
     return np.asarray(patch), over
 
-# %% ../nbs/library/02_patches.ipynb #a215a65c
+# %% ../nbs/library/02_patches.ipynb #6ee17ad3
 def _checked(centres, sizes, where):
     "Centres as an array, or an `InputError` where a patch has no place or no size"
     for what,n in sizes.items():
-        if not (n >= 1 and n == round(n)): raise InputError(f'{where}: {what} is a whole number of pixels from 1, not {n}.')
+        if not (isinstance(n, (int, np.integer)) and n >= 1): raise InputError(f'{where}: {what} is a whole number of pixels from 1, not {n}.')
     try: centres = np.asarray(centres, dtype=np.float64)
     except (TypeError, ValueError) as e: raise InputError(f'{where}: the patch centres are not numbers ({e}). Give (x, y) in pixels for each.') from e
     if centres.ndim != 2 or centres.shape[1] != 2: raise InputError(f'{where}: the patch centres have shape {centres.shape}, not (n, 2). Give (x, y) in pixels for each.')

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from histogene_nb.commands import histogene_predict, histogene_train, read_section, write_h5ad
 from histogene_nb.evaluation import html_report
-from histogene_nb.expression import common_genes, normalize, read_panel, select_panel
+from histogene_nb.expression import common_genes, normalize, read_panel, select_panel, variable_genes
 from histogene_nb.model import HisToGene, from_pretrained, save_pretrained
 from histogene_nb.patches import extract_patches
 from histogene_nb.position import grid_positions
@@ -149,7 +149,7 @@ def test_centres_that_are_not_finite(section, tmp_path, value):
 @pytest.mark.parametrize('centres,match', [(np.zeros((3, 3)), r'shape \(3, 3\)'), ([5, 5], r'shape \(2,\)'), (5, r'shape \(\)'), (np.zeros(0), r'shape \(0,\)'), ([['a', 'b']], 'not numbers'), ([[1, 2], [3]], 'not numbers')])
 def test_centres_of_another_shape(section, centres, match): refused(f'X1: the patch centres .*{match}', extract_patches, section, centres=centres)
 
-@pytest.mark.parametrize('size', [0, -1, .5, float('nan')])
+@pytest.mark.parametrize('size', [0, -1, .5, 56., float('nan'), float('inf')])
 def test_size_of_patches(section, size): refused(f'X1: size is a whole number of pixels from 1, not {size}', extract_patches, section, size)
 
 # --- genes
@@ -181,6 +181,26 @@ def test_no_counts_in_a_spot(section, panel):
     try: out = normalize(section, panel)
     except InputError as e: assert section.obs_names[3] in str(e)
     else: assert np.isfinite(out.X).all()
+
+@pytest.mark.parametrize('n_top', [0, -1, 2.5, float('nan')])
+def test_number_of_variable_genes(section, n_top):
+    for f in (variable_genes, lambda s,n: select_panel([s], n, 5)): refused(f'n_top. is a whole number from 1, not {n_top}', f, section, n_top)
+
+@pytest.mark.parametrize('min_spots', [-1, float('nan')])
+def test_number_of_spots_of_a_gene(section, min_spots): refused(f'min_spots. is a number from 0, not {min_spots}', select_panel, [section], 40, min_spots)
+
+def test_section_without_a_count(made, section):
+    section.X = section.X*0
+    refused('X1: there is no count above 0', variable_genes, section, 40)
+    refused('X1: there is no count above 0', select_panel, [made['sections'][1], section], 40, 5)
+
+def test_choosing_genes_leaves_torch_its_threads(made):
+    "In a process of its own: numba sets OpenMP's number of threads when it first computes"
+    code = ('import sys, torch; from histogene_nb.commands import read_section; from histogene_nb.expression import variable_genes\n'
+            'section, before = read_section(sys.argv[1]), torch.get_num_threads()\n'
+            'variable_genes(section, 40); print(before, torch.get_num_threads())')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '2', 'NUMBA_THREADING_LAYER': 'omp'}
+    assert subprocess.run([sys.executable, '-c', code, made['folder']/'X1.h5ad'], env=env, capture_output=True, text=True, check=True).stdout.split() == ['1', '1']
 
 @pytest.mark.parametrize('text,match', [(None, 'no such panel file'), ('', 'no gene in this file'), ('gene\n', 'no gene'), ('\n \n', 'no gene'),
                                         ('gene\nA\nB\nA\n', 'gene A is listed twice'), (b'\xff\xfe\x00\x01', 'not a text file')])
