@@ -79,7 +79,7 @@ SCALES = {'paper': dict(total='all genes', target=1e6, log=np.log1p, unit='ln(CP
 def normalize(
     section:AnnData, # raw counts (n, genes)
     panel:list, # gene symbols to keep, all in the section
-    method:str='paper', # 'paper': over all genes, 1e6, ln(x+1); 'released': over the panel, 1e4, log10(x+1)
+    method:str='paper', # 'paper': over all genes, 1e6, ln(x+1); 'released': over the panel as given, 1e4, log10(x+1)
 )->AnnData: # the section with the panel's genes; X float32 (n, panel), the method's name and unit in uns['histogene']
     "A section's expression on the scale that the model predicts (paper: Data preprocessing)"
     name = section_name(section)
