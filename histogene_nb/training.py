@@ -132,7 +132,8 @@ def fit(
 )->list: # mean loss of each epoch
     "Train a model: one section is a batch, Adam, mean squared error (paper: Details of the model implementation)"
     if not examples: raise InputError('There is no section to train on.')
-    if epochs < 1 or every < 1 or not lr > 0: raise InputError(f'epochs and every are 1 or more and lr is above 0, not {epochs}, {every} and {lr}.')
+    if not (1 <= epochs < np.inf and every >= 1 and 0 < lr < np.inf):
+        raise InputError(f'epochs and every are 1 or more and lr is above 0, none infinite, not {epochs}, {every} and {lr}.')
     for i,(_,_,targets) in enumerate(examples):
         if not len(targets) or not torch.isfinite(targets).all():
             raise InputError(f'The targets of section {i+1} of {len(examples)} are empty or not finite. Give sections with counts, as new_section checks them.')
@@ -147,7 +148,7 @@ def fit(
     with tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch', disable=not progress) as bar, kept_memory():
         while len(losses) < epochs:
             with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-                torch.manual_seed(seed*1_000_003 + len(losses))
+                torch.manual_seed((seed*1_000_003 + len(losses)) % 2**64)               # torch takes no larger number
                 loss = one_pass(model, opt, examples, device, augment)
             if not np.isfinite(loss):
                 raise InputError(f'Training diverged: the loss is not finite in epoch {len(losses) + 1}. Use a smaller learning rate; the last checkpoint is still good.')
@@ -186,13 +187,16 @@ def train(
     **options, # of `HisToGene`: dim, depth, heads, ...
 )->tuple: # the trained model, and the mean loss of each epoch
     "Train HisToGene on sections"
+    names = [section_name(s) for s in sections]
+    for n in names:
+        if names.count(n) > 1: raise InputError(f'Section {n} is among the training sections {names.count(n)} times. Give each once, or each a name of its own.')
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)
         model = HisToGene(n_genes=len(panel), **options)
     size, n_pos = model.config['patch_size'], model.config['n_pos']
     examples = [training_example(s, panel, normalization, size, n_pos, cache) for s in sections]
-    diameters = [s.uns['spatial'][section_name(s)]['scalefactors']['spot_diameter_fullres'] for s in sections]
-    model.about = dict(genes=list(panel), normalization=normalization, sections=[section_name(s) for s in sections],
+    diameters = [s.uns['spatial'][n]['scalefactors']['spot_diameter_fullres'] for n,s in zip(names, sections)]
+    model.about = dict(genes=list(panel), normalization=normalization, sections=names,
                        spot_diameter=float(np.median(diameters)), grid=np.mean([fit_grid(s) for s in sections], 0).tolist(),
                        training=dict(epochs=epochs, lr=lr, seed=seed, augment=augment))
     losses = fit(model, examples, epochs, lr, seed, device, augment, checkpoint, every)

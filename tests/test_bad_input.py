@@ -362,13 +362,23 @@ def test_training_that_diverges(made, tmp_path):
     if file.exists():
         with safe_open(file, 'pt') as f: assert np.isfinite(json.loads(f.metadata()['state'])['losses']).all()
 
-@pytest.mark.parametrize('options', [dict(epochs=0), dict(epochs=-1), dict(every=0), dict(lr=0), dict(lr=-1.), dict(lr=float('nan'))])
+@pytest.mark.parametrize('options', [dict(epochs=0), dict(epochs=-1), dict(every=0), dict(lr=0), dict(lr=-1.), dict(lr=float('nan')), dict(lr=float('inf')), dict(epochs=float('nan')), dict(epochs=float('inf'))])
 def test_impossible_training(made, options): refused('epochs and every are 1 or more', fit, fresh(made), examples(made), progress=False, **options)
 
 @pytest.mark.parametrize('device', ['gpu', 'cuda', 'cuda:99', 'mps'])
 def test_device_that_is_not_there(made, section, device):
     if device == 'cuda' and torch.cuda.is_available() or device == 'mps' and torch.backends.mps.is_available(): pytest.skip(f'there is {device} here')
     refused(f"There is no device '{device}'", predict, made['model'], section, device)
+
+def test_section_given_twice(made):
+    x, y = made['sections']
+    refused('Section X1 is among the training sections 2 times', train, [x, y, x.copy()], made['panel'], epochs=1, **TINY)
+
+def test_seeds_of_any_size(made):
+    def losses(seed): return train(made['sections'], made['panel'], epochs=2, lr=1e-3, seed=seed, device='cpu', **TINY)[1]
+    seeds = [0, 1, -1, 10**15, 10**15 + 1, 10**30]
+    found = [losses(s) for s in seeds]
+    assert len({tuple(f) for f in found}) == len(seeds) and losses(10**15) == found[3]
 
 def test_nothing_to_train_on(made): refused('There is no section to train on', fit, fresh(made), [])
 
