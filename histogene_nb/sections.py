@@ -8,8 +8,8 @@ __all__ = ['LABEL_COLORS', 'HER2ST_URL', 'InputError', 'whole_file', 'open_image
            'released_sections', 'leave_one_out', 'git_blob_sha1', 'data_folder', 'download_her2st']
 
 # %% ../nbs/library/00_sections.ipynb #b619d9b0
-import gzip, hashlib, os, re, shutil, time, zlib
-from contextlib import contextmanager
+import gzip, hashlib, io, os, platform, re, shutil, time, zlib
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 import numpy as np, pandas as pd, pooch, requests
@@ -22,6 +22,20 @@ from tqdm.auto import tqdm
 class InputError(ValueError):
     "What the user gave cannot be used: the message says what, where, and what to do"
 
+# %% ../nbs/library/00_sections.ipynb #bbbcfda0
+def _runs(pid):
+    "Whether there is such a process on this computer"
+    if os.name != 'posix': return True                                        # elsewhere to ask is to interrupt it
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
+
+def _left_behind(path):
+    "Parts of a file whose processes, of this computer, were killed"
+    ours = re.compile(rf'\.{re.escape(path.name)}\.{re.escape(platform.node())}\.(\d+)\.part.*')
+    return [p for p in path.parent.iterdir() if (m := ours.fullmatch(p.name)) and not _runs(int(m[1]))]
+
 # %% ../nbs/library/00_sections.ipynb #c2f20f1e
 @contextmanager
 def whole_file(
@@ -29,9 +43,11 @@ def whole_file(
 ): # the hidden path to write to meanwhile
     "Write a file completely or not at all: an interrupted or failed write leaves what was there before"
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in _left_behind(path):
+            with suppress(OSError): left.unlink()                             # one of another user's may have to stay
         yield part
         os.replace(part, path)
     except OSError as e:
@@ -130,7 +146,7 @@ def new_section(
     genes, spots = [str(g) for g in genes], [str(s) for s in spots]
     X, spatial = sparse.csr_matrix(counts, dtype=np.float32), np.asarray(spatial, dtype=np.float64).reshape(-1, 2)
     if not spots or not genes: raise InputError(f'{name}: {len(spots)} spots and {len(genes)} genes; a section needs both.')
-    if not spot_diameter > 0: raise InputError(f'{name}: the spot diameter is a number of pixels above 0, not {spot_diameter}.')
+    if not 0 < spot_diameter < np.inf: raise InputError(f'{name}: the spot diameter is a number of pixels above 0, not {spot_diameter}.')
     sizes = {'counts': X.shape[0], 'spatial': len(spatial), 'array_col': len(array_col), 'array_row': len(array_row)}
     for what,n in sizes.items():
         if n != len(spots): raise InputError(f'{name}: {what} has {n} rows for {len(spots)} spots. Give one row a spot.')
@@ -236,7 +252,7 @@ def _parse_row(cells, n_genes):
     return cols.astype(np.int32), values
 
 # %% ../nbs/library/00_sections.ipynb #8db99273
-_AGAIN = 'If the file came from the HER2+ repository it is damaged: delete it and download it again (download_her2st).'
+_AGAIN = 'If the file was downloaded it is damaged: delete it and download it again (download_her2st or download_cscc).'
 
 # %% ../nbs/library/00_sections.ipynb #7cee2234
 def _parse_slowly(cells, genes, where):
@@ -283,7 +299,7 @@ def _grid(x, y, where, what='spot'):
     "Rounded (x, y) as an index, and how many had to be rounded"
     text = [f'{a}x{b}' for a,b in zip(x, y)]
     xy = np.stack([pd.to_numeric(pd.Series(list(v), dtype=object), errors='coerce').to_numpy(float) for v in (x, y)], 1)
-    nowhere = ~np.isfinite(xy).all(1)
+    nowhere = ~(np.abs(xy) < 2**31).all(1)                                    # not a number is not less either
     if nowhere.any():
         raise InputError(f'{where}: {what} {text[nowhere.argmax()]!r} has no grid position such as 10x13. {_AGAIN}')
     whole = np.rint(xy).astype(np.int64)
@@ -296,7 +312,7 @@ def _grid(x, y, where, what='spot'):
 # %% ../nbs/library/00_sections.ipynb #528174bb
 def _read_table(path, columns):
     "A tab-separated table that has these columns"
-    try: table = pd.read_csv(path, sep='\t', float_precision='round_trip')
+    try: table = pd.read_csv(io.BytesIO(_unpacked(path)), sep='\t', float_precision='round_trip')
     except ValueError as e: raise InputError(f'{path}: is not a tab-separated table ({e}). {_AGAIN}') from e
     missing = [c for c in columns if c not in table]
     if missing: raise InputError(f'{path}: the header {list(table)} has no {missing[0]}. {_AGAIN}')
@@ -312,9 +328,8 @@ def _find(root, name, what, *patterns, needed=True):
         raise InputError(f'{found[0].parent}: {len(found)} files could be the {what} of {name}: {[f.name for f in found]}. '
                          'Leave one of them there.')
     if needed and not found:
-        raise InputError(f'{root/patterns[0]}: there is no such file, the {what} of section {name}. The folder should hold '
-                         'ST-cnts, ST-spotfiles, ST-pat and ST-imgs of the HER2+ repository; '
-                         f"download_her2st(root, ['{name}']) gets them.")
+        raise InputError(f'{root/patterns[0]}: there is no such file, the {what} of section {name}. Check the folder and '
+                         'the name, or download the section (download_her2st or download_cscc).')
     return found[0] if found else None
 
 # %% ../nbs/library/00_sections.ipynb #78b6e137

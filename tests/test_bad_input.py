@@ -1,17 +1,18 @@
 "Bad input beyond reading and downloading sections: one clear error each, what was there before untouched"
-import errno, json, os, shutil, signal, subprocess, sys, time
+import errno, gzip, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import anndata as ad, numpy as np, pytest, torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from histogene_nb.commands import histogene_predict, histogene_train, read_section, write_h5ad
+from histogene_nb.cscc import read_cscc
 from histogene_nb.evaluation import html_report
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel, variable_genes
 from histogene_nb.model import HisToGene, from_pretrained, save_pretrained
 from histogene_nb.patches import extract_patches
 from histogene_nb.position import grid_positions
-from histogene_nb.sections import InputError, add_hires, section_name
+from histogene_nb.sections import InputError, add_hires, read_her2st, section_name
 from histogene_nb.superres import predict_image, predict_superres, recover_spots
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.training import fit, predict, run_model, train, training_example
@@ -59,6 +60,53 @@ def with_image(section, path):
 def picture(section): return Path(section.uns['spatial'][section_name(section)]['metadata']['source_image_path'])
 
 def state(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+# --- the files of a section
+
+COUNTS, SPOTS = '\tA\tB\n1x1\t2\t3\n2x1\t0\t4\n', 'x\ty\tpixel_x\tpixel_y\n1\t1\t10\t10\n2\t1\t30\t10\n'
+
+def her2st_files(root, counts, spots):
+    for path,content in ((f'ST-cnts/T1.tsv{counts[1]}', counts[0]), ('ST-spotfiles/T1_selection.tsv', spots[0])):
+        (root/path).parent.mkdir(parents=True, exist_ok=True)
+        (root/path).write_bytes(content)
+    return lambda **kw: read_her2st(root, 'T1', verbose=False, **kw)
+
+def cscc_files(root, counts, spots):
+    (root/f'GSM4284316_P2_ST_rep1_stdata.tsv{counts[1]}').write_bytes(counts[0])
+    (root/f'GSM4284316_spot_data-selection-P2_ST_rep1.tsv{spots[1]}').write_bytes(spots[0])
+    return lambda **kw: read_cscc(root, 'P2_ST_rep1', verbose=False, **kw)
+
+def packed(text): return gzip.compress(text.encode(), mtime=0)
+
+BAD_COUNTS = [('', 'first line'), ('\n', 'first line'), ('x\n1\n', 'first line'), ('\tA\tB\n', 'there is no spot'), (COUNTS.replace('\t', ','), 'first line'),
+    (COUNTS.replace('2\t3', 'two\t3'), "gene A is 'two', which is not a number"), (COUNTS.replace('2\t3', '-2\t3'), 'gene A at spot 1x1 is negative'), (COUNTS.replace('2\t3', '\t3'), 'not a number'),
+    (COUNTS.replace('2\t3', '9'*60 + '\t3'), 'is infinite'), (COUNTS + '1x1\t1\t1\n', 'spot 1x1 is there twice'), (COUNTS.replace('1x1', 'nanxnan'), 'no grid position'), (COUNTS.replace('1x1', '1e300x1'), 'no grid position'),
+    (COUNTS.replace('1x1', '9'*30 + 'x1'), 'no grid position'), (COUNTS.encode('utf-16'), 'not a number|first line'), (bytes(60), 'first line')]
+BAD_SPOTS = [('', 'not a tab-separated table'), ('\n', 'not a tab-separated table'), ('x\n1\n', 'has no y'), (SPOTS[:SPOTS.index('\n') + 1], 'no spot of it is in'), (SPOTS.replace('\t', ','), 'has no x'),
+    (SPOTS.replace('\n1\t', '\none\t'), 'no grid position'), (SPOTS.replace('\n1\t', '\n1e300\t'), 'no grid position'), (SPOTS + '9e99\t1\t5\t5\n', 'no grid position'),
+    (SPOTS + '1\t1\t10\t10\n', 'spot 1x1 is there twice'), (SPOTS.replace('10\t10', 'left\t10'), 'no pixel position'), (SPOTS.encode('utf-16'), 'not a tab-separated table'), (b'\xff'*60, 'not a tab-separated table')]
+BAD_GZIP = [(b'hello', 'cannot be unpacked'), (packed(COUNTS)[:5], 'cannot be unpacked'), (packed(COUNTS)[:-9], 'cannot be unpacked'), (packed(COUNTS) + b'more', 'cannot be unpacked'),
+    (packed(COUNTS)[:10] + b'\xff'*50, 'cannot be unpacked')]
+
+def as_bytes(content): return content if isinstance(content, bytes) else content.encode()
+
+DAMAGED = [(files, what, *c) for what,cases in {'counts': BAD_COUNTS, 'spots': BAD_SPOTS, 'counts.gz': BAD_GZIP, 'spots.gz': BAD_GZIP}.items()
+           for files in (her2st_files, cscc_files)[what == 'spots.gz':] for c in cases]             # the HER2+ layout has no packed spot files
+
+@pytest.mark.parametrize('files,what,content,match', DAMAGED)
+def test_damaged_files_of_a_section(tmp_path, files, what, content, match):
+    what, _, gz = what.partition('.')
+    given = {'counts': (COUNTS.encode(), ''), 'spots': (SPOTS.encode(), ''), what: (as_bytes(content), gz and '.gz')}
+    refused(match, files(tmp_path, **given))
+
+@pytest.mark.parametrize('files', [her2st_files, cscc_files])
+def test_folder_for_a_file_and_impossible_spots(tmp_path, files):
+    read = files(tmp_path, (COUNTS.encode(), ''), (SPOTS.encode(), ''))
+    assert read().shape == (2, 2)
+    for diameter in (0, -1, float('nan'), float('inf')): refused('spot diameter is a number of pixels above 0', read, spot_diameter=diameter)
+    spots = next(p for p in tmp_path.rglob('*selection*'))
+    spots.unlink(); spots.mkdir()
+    assert spots.name in refused('cannot be unpacked', read)
 
 # --- images
 

@@ -254,6 +254,33 @@ def test_whole_file_keeps_what_was_there(tmp_path):
             raise KeyboardInterrupt
     assert f.read_text() == 'before' and list(tmp_path.iterdir()) == [f]
 
+KILLED = """import os, signal, sys, time
+from histogene_nb.sections import whole_file
+with whole_file(sys.argv[1]) as part:
+    part.write_text('half')
+    part.with_name(part.name + '.gz').write_text('packed')
+    print(part.name, flush=True)
+    time.sleep(600)
+"""
+
+def test_whole_file_clears_what_a_killed_process_left(tmp_path):
+    def start(name):
+        process = subprocess.Popen([sys.executable, '-c', KILLED, tmp_path/name], stdout=subprocess.PIPE, text=True)
+        return process, process.stdout.readline().strip()
+    running = [start(n) for n in ('f', 'f', 'g')]
+    try:
+        (dead, left), (alive, writes), (other, elsewhere) = running
+        for p in dead, other: p.kill(); p.wait()
+        foreign = tmp_path/left.replace(f'.{dead.pid}.', f'.another-computer.{dead.pid}.')
+        foreign.write_text('half')
+        with whole_file(tmp_path/'f') as part: part.write_text('whole')
+        found = {p.name for p in tmp_path.iterdir()}
+        assert found == {'f', writes, f'{writes}.gz', elsewhere, f'{elsewhere}.gz', foreign.name}
+    finally:
+        for p,_ in running: p.kill(); p.wait(); p.stdout.close()
+    with whole_file(tmp_path/'f') as part: part.write_text('whole')
+    assert {p.name for p in tmp_path.iterdir()} == {'f', elsewhere, f'{elsewhere}.gz', foreign.name}
+
 # --- catalogue and splits
 
 def test_catalogue():
