@@ -7,7 +7,7 @@ __all__ = ['SYNTHETIC', 'histogene_download', 'read_section', 'histogene_train',
            'measured_rates', 'histogene_reproduce']
 
 # %% ../nbs/library/12_commands.ipynb #663f671c
-import functools, json, os, shlex, sys, time
+import functools, inspect, json, os, shlex, sys, time
 from functools import partial
 from pathlib import Path
 import anndata as ad, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -22,8 +22,9 @@ from .tissue import GENES, synthetic_section
 from .expression import normalize, read_panel, select_panel
 from .model import HisToGene, from_pretrained, save_pretrained
 from .training import default_device, fit, plot_losses, predict, run_model, train
-from .crossval import _minutes, baselines, cross_validate, histogene, provenance, stnet, write_h5ad, write_tables
+from .crossval import _minutes, baselines, cross_validate, histogene, provenance, ridges, stnet, texture, write_h5ad, write_tables
 from .superres import predict_image, predict_superres, recover_spots
+from .texture import train_texture
 from tqdm.auto import tqdm
 
 # %% ../nbs/library/12_commands.ipynb #4dff0701
@@ -108,6 +109,7 @@ def _check_section(section):
 def histogene_train(
     sections:_words('Sections to train on: names such as B4 C2, or .h5ad files', nargs='+'), # names such as B4 C2, or .h5ad files
     out:str='model', # Folder for the model; an interrupted training there is continued
+    model:str='HisToGene', # HisToGene; or texture, which chooses its settings itself and trains in a minute or two
     root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or where histogene_download puts it)
     panel:str=None, # File of genes to predict (default: the paper's rule on these sections)
     n_top:int=1000, # Panel rule: highly variable genes a section
@@ -127,8 +129,12 @@ def histogene_train(
     every:int=10, # Epochs between checkpoints
     cache:str=None, # Folder that keeps patches (default: none)
 ):
-    "Train HisToGene on sections and save the model"
-    start, out = time.perf_counter(), Path(out)
+    "Train a model on sections and save it"
+    start, out, given = time.perf_counter(), Path(out), dict(locals())
+    if model not in ('HisToGene', 'texture'): raise InputError(f'There is no model {model!r}; there are HisToGene and texture.')
+    if model == 'texture':
+        for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every'):
+            if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
     command = _command('histogene_train', sections)
     settings = dict(epochs=epochs, lr=lr, seed=seed, augment=augment)
     if (out/'config.json').exists():
@@ -138,12 +144,13 @@ def histogene_train(
     data = [read_section(s, root) for s in sections]
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
     print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {default_device(device)}')
-    model, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
-                          dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
-    model.about['training']['losses'] = [round(l, 5) for l in losses]
-    model.about['provenance'] = provenance(command, start, device)
-    save_pretrained(model, out)
-    (out/'training.safetensors').unlink()
+    if model == 'texture': net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache)
+    else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
+                              dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
+    net.about['training']['losses'] = [round(l, 5) for l in losses]
+    net.about['provenance'] = provenance(command, start, device)
+    save_pretrained(net, out)
+    (out/'training.safetensors').unlink(missing_ok=True)
     print(f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - start:.0f} s; model in {out}')
 
 # %% ../nbs/library/12_commands.ipynb #75a54c35
@@ -175,7 +182,7 @@ def histogene_predict(
         known = [g for g in predicted.var_names if g in measured.var_names]
         if measured.n_vars and not known: raise InputError(f"{section}: none of the model's {predicted.n_vars} genes is in this section. Do both use gene symbols?")
         if known:
-            method = 'HisToGene' if superres == 1 else 'HisToGene*'
+            method = at_spots.uns['histogene']['predicted_by']
             correlations = ev.gene_correlations(normalize(measured, known, net.about['normalization']), at_spots[:, known].copy())
             results = {method: ev.summarize(correlations)}
             with whole_file(Path(out).with_suffix('.csv')) as part: correlations.round(6).to_csv(part)
@@ -294,7 +301,7 @@ def histogene_reproduce(
     out:str='reproduced', # Folder of the run; one that is there already is continued
     root:str=None, # Folder of the data
     by:str='section', # What is left out: section, patient or both
-    methods:str='all', # baselines, HisToGene, ST-Net; several with commas
+    methods:str='all', # baselines, HisToGene, ST-Net (all: these three), ridge, texture; several with commas
     panel:str=None, # File of genes to predict (default: the paper's rule in each training fold)
     only:str=None, # Folds to run, by the sections that they leave out, such as C3; several with commas (default: all)
     seeds:int=1, # Models a fold
@@ -317,8 +324,8 @@ def histogene_reproduce(
     given = lambda **options: {k: v for k,v in options.items() if v is not None}
     histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)), **given(epochs=epochs)}
     stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=64) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px), 'backbone': backbone}
-    every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(stnet, **stnet_as)}
-    chosen = list(every) if methods == 'all' else methods.split(',')
+    every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(stnet, **stnet_as), 'ridge': ridges, 'texture': texture}
+    chosen = list(every)[:3] if methods == 'all' else methods.split(',')
     for m in chosen:
         if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}.')
     if by not in ('section', 'patient', 'both'): raise InputError(f'--by is section, patient or both, not {by}.')

@@ -182,7 +182,7 @@ def enrich_pathways(
 
 # %% ../nbs/library/09_evaluation.ipynb #61c272d5
 METHOD_COLORS = {'observed': '#000000', 'HisToGene': '#0072B2', 'HisToGene*': '#56B4E9', 'HisToGene_SR': '#CC79A7',
-                 'ST-Net': '#E69F00', 'position only': '#009E73', 'training mean': '#999999'}
+                 'ST-Net': '#E69F00', 'position only': '#009E73', 'training mean': '#999999', 'texture': '#D55E00', 'texture*': '#F0A060', 'texture_SR': '#D55E00'}
 CLUSTER_COLORS = ['#4477AA', '#EE6677', '#228833', '#CCBB44', '#66CCEE', '#AA3377', '#BBBBBB']
 
 # %% ../nbs/library/09_evaluation.ipynb #2f3a0958

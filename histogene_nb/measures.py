@@ -52,11 +52,10 @@ def noise_ceiling(
 def neighbour_graph(
     section:ad.AnnData, # with spot centres
 )->sparse.csr_matrix: # (n, n), rows add up to 1 where a spot has neighbours
-    "The spots within one and a half times the spots' distance: eight on a square array, six on a hexagonal one"
+    "The spots within 1.6 times the spots' distance: eight on a square array, six on a hexagonal one, with room for spots a little out of place"
     xy = np.asarray(section.obsm['spatial'], dtype=float)
-    if len(xy) < 3: raise InputError(f'{section_name(section)}: {len(xy)} spots have no neighbourhood. Give a section with three spots or more.')
     tree = cKDTree(xy)
-    near = tree.sparse_distance_matrix(tree, 1.5*np.median(tree.query(xy, k=2)[0][:, 1]), output_type='coo_matrix').tocsr()
+    near = tree.sparse_distance_matrix(tree, 1.6*np.median(tree.query(xy, k=2)[0][:, 1]), output_type='coo_matrix').tocsr()
     near.setdiag(0); near.eliminate_zeros()
     near.data[:] = 1
     return sparse.diags(1/np.maximum(np.asarray(near.sum(1)).ravel(), 1)) @ near
@@ -65,11 +64,13 @@ def neighbour_graph(
 def morans_i(
     section:ad.AnnData, # expression at the spots
     graph:sparse.csr_matrix|None=None, # from `neighbour_graph`; made unless given
-)->pd.Series: # by gene, NaN where a gene does not vary
+)->pd.Series: # by gene, NaN where a gene does not vary or there are fewer than three spots
     "Moran's I of each gene: how alike neighbouring spots are"
+    if len(section) < 3: return pd.Series(np.nan, index=section.var_names, name='moran')
     X = section.X.toarray() if sparse.issparse(section.X) else np.asarray(section.X)
-    I = sc.metrics.morans_i(neighbour_graph(section) if graph is None else graph, X.T.astype(np.float64))
-    return pd.Series(np.where(np.ptp(X, axis=0) > 0, I, np.nan), index=section.var_names, name='moran')
+    I, varies = np.full(X.shape[1], np.nan), np.ptp(X, axis=0) > 0
+    if varies.any(): I[varies] = sc.metrics.morans_i(neighbour_graph(section) if graph is None else graph, X[:, varies].T.astype(np.float64))
+    return pd.Series(I, index=section.var_names, name='moran')
 
 # %% ../nbs/library/14_measures.ipynb #760c5bd8
 def gene_measures(

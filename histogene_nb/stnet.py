@@ -130,12 +130,14 @@ def spot_windows(
     size:int=224, # side of a patch in the tensor
     window:float=2., # side of the tissue that it shows, in spot diameters
     cache:str|Path|None=None, # folder that keeps patches
+    centres:np.ndarray|None=None, # (n, 2) other centres than the spots', in full-resolution pixels
 )->Tensor: # uint8 (n, 3, size, size)
     "Patches that show more than the spot"
     name = section_name(section)
     info = section.uns['spatial'][name]
     wide = dict(info, scalefactors=dict(spot_diameter_fullres=window*info['scalefactors']['spot_diameter_fullres']))
-    return extract_patches(AnnData(obs=section.obs[[]], obsm=dict(spatial=section.obsm['spatial']), uns=dict(spatial={name: wide}, histogene={})), size, cache=cache)
+    centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
+    return extract_patches(AnnData(np.empty((len(centres), 0), dtype=np.float32), uns=dict(spatial={name: wide}, histogene={})), size, centres, cache)
 
 # %% ../nbs/library/10_stnet.ipynb #19e7d3b8
 def turn_each(

@@ -65,21 +65,20 @@ def predict_dense(
     info = section.uns['spatial'][name]
     d = info['scalefactors']['spot_diameter_fullres']
     centres, place = dense_grid(mask, scale, d, factor)
-    positions = pixel_positions(centres, d, grid, model.config['n_pos'], name)
-    X = run_model(model, extract_patches(section, model.config['patch_size'], centres, cache), positions, device)
+    X = run_model(model, *model.inputs(section, centres, grid, cache), device)
     step, corner = d/k, centres[0] - d/2 - place[0]*d/k
     cells, X, cover = average_patches(X, place, k)
     centres = corner + (cells + .5)*step
     keep = in_tissue(centres, mask, scale)
     cells, X, cover, centres = cells[keep], X[keep], cover[keep], centres[keep]
-    positions = pixel_positions(centres, d, grid, model.config['n_pos'], name).numpy()
+    positions = np.rint(np.c_[centres/d, np.ones(len(centres))] @ grid).astype(np.int64).clip(0)
     out = AnnData(X, obsm={'spatial': centres})
     out.var_names, out.obs_names = about(model, 'genes'), [f'{i}x{j}' for i,j in cells]
     out.obs['array_col'], out.obs['array_row'] = positions.T
     out.obs['cell_col'], out.obs['cell_row'], out.obs['n_patches'] = cells[:, 0], cells[:, 1], cover
     out.uns['spatial'] = {name: {**info, 'scalefactors': {**info['scalefactors'], 'spot_diameter_fullres': step}}}
     known = {k: v for k,v in section.uns.get('histogene', {}).items() if k != 'truth'}
-    out.uns['histogene'] = {**known, 'normalization': about(model, 'normalization'), 'unit': SCALES[model.about['normalization']]['unit'], 'predicted_by': 'HisToGene_SR', 'superres': factor,
+    out.uns['histogene'] = {**known, 'normalization': about(model, 'normalization'), 'unit': SCALES[model.about['normalization']]['unit'], 'predicted_by': f'{model.name}_SR', 'superres': factor,
                             'patch_diameter': d, 'corner': corner}
     return out
 
@@ -92,7 +91,7 @@ def predict_superres(
     cache:str|Path|None=None, # folder that keeps patches
 )->AnnData: # sub-patches x panel, each the mean over the patches that cover it
     "Super-resolved expression of a section (paper: Predicting gene expression at super-resolution)"
-    grid_positions(section, model.config['n_pos'])                                # spots beyond the array are an error; tissue past them is not
+    if 'n_pos' in model.config: grid_positions(section, model.config['n_pos'])    # spots beyond the array are an error; tissue past them is not
     mask, scale = section_mask(section)
     return predict_dense(model, section, factor, fit_grid(section), mask, scale, device, cache)
 
@@ -120,7 +119,7 @@ def recover_spots(
                          'Make the super-resolution from this same section (predict_superres).')
     out = AnnData(np.asarray(weights.tocsr() @ dense.X/total, dtype=np.float32), obs=section.obs.copy(), var=dense.var.copy(),
                   obsm={'spatial': section.obsm['spatial'].copy()}, uns={'spatial': section.uns['spatial']})
-    out.uns['histogene'] = {**dense.uns['histogene'], 'predicted_by': 'HisToGene*'}
+    out.uns['histogene'] = {**dense.uns['histogene'], 'predicted_by': dense.uns['histogene']['predicted_by'].replace('_SR', '*')}
     return out
 
 # %% ../nbs/library/08_superres.ipynb #e70e0a0e

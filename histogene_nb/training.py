@@ -214,8 +214,8 @@ def about(
 
 @torch.no_grad()
 def run_model(
-    model:HisToGene, # moved to the device
-    patches:Tensor, # uint8 (n, 3, h, w)
+    model:torch.nn.Module, # moved to the device
+    patches:Tensor, # uint8 (n, 3, h, w), or whatever else the model's `inputs` are
     positions:Tensor, # long (n, 2)
     device:str|torch.device|None=None, # chosen unless given
 )->np.ndarray: # float32 (n, genes)
@@ -240,13 +240,11 @@ def predicted_section(
     return out
 
 def predict(
-    model:HisToGene, # trained by `train`
+    model:torch.nn.Module, # a HisToGene trained by `train`, or another of `KINDS`
     section:AnnData, # with an image; its counts are not used
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
 )->AnnData: # spots x panel; X float32 on the training scale
     "Predict the expression of a section's spots from its image"
     about(model, 'genes')
-    patches = extract_patches(section, model.config['patch_size'], cache=cache)
-    X = run_model(model, patches, grid_positions(section, model.config['n_pos']), device)
-    return predicted_section(model, section, X, 'HisToGene')
+    return predicted_section(model, section, run_model(model, *model.inputs(section, cache=cache), device), model.name)
