@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Example', 'Textures', 'texture_numbers', 'texture_example', 'colour_numbers', 'ridge_baseline', 'inner_folds',
-           'simplest_setting', 'SpotTransformer', 'TextureModel', 'train_texture']
+           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel', 'train_texture']
 
-# %% ../nbs/library/16_texture.ipynb #85c8455d
+# %% ../nbs/library/16_texture.ipynb #fc8f7ffb
 import hashlib
 import numpy as np, pandas as pd, timm, torch
 from collections import namedtuple
@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from anndata import AnnData
 from torch import nn, Tensor
+from scipy.spatial import cKDTree
 from .sections import InputError, section_name, whole_file
 from .patches import _cache_file
 from .expression import normalize
@@ -208,7 +209,14 @@ def simplest_setting(
     error = behind.std(axis=1)/np.sqrt(inner.shape[1])
     return inner.index[(behind.mean(axis=1) <= error + 1e-12).argmax()]
 
-# %% ../nbs/library/16_texture.ipynb #dc136793
+# %% ../nbs/library/16_texture.ipynb #c7d89c86
+def array_step(
+    section:AnnData, # with spot centres and array positions
+)->int|None: # 1 on a square array such as HER2+'s, 2 on a hexagonal one such as Visium's; None where there is one spot
+    "By how much the array position changes, in all, from a spot to its nearest neighbour: what tells kinds of arrays apart"
+    xy, at = np.asarray(section.obsm['spatial'], dtype=float), section.obs[['array_col', 'array_row']].to_numpy()
+    return int(np.median(np.abs(at - at[cKDTree(xy).query(xy, k=2)[1][:, 1]]).sum(1))) if len(xy) > 1 else None
+
 class SpotTransformer(nn.Module):
     "HisToGene's blocks over the spots' numbers"
     def __init__(self,
@@ -264,7 +272,8 @@ class TextureModel(nn.Module):
     )->tuple: # numbers (n, d), positions long (n, 2): -1 where there is no spot of an array
         "What the model sees of a section, at its spots or anywhere"
         numbers = texture_numbers(self.textures, section, tuple(self.config['windows']), self.config['size'], centres, cache, self.config['views'] if centres is None else 1)
-        positions = np.full((len(numbers), 2), -1) if centres is not None else section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64)
+        on_array = centres is None and array_step(section) == self.about.get('array_step')
+        positions = section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64) if on_array else np.full((len(numbers), 2), -1)
         return numbers, torch.from_numpy(np.ascontiguousarray(positions))
 
     def known(self,
@@ -288,7 +297,7 @@ class TextureModel(nn.Module):
         dead = self.known(self.dead_share, positions)[:, None]
         return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
 
-# %% ../nbs/library/16_texture.ipynb #cb037f89
+# %% ../nbs/library/16_texture.ipynb #e8364ffa
 def _train_member(member, H, T, steps, lr, seed, device):
     "Loss of each step; the member's output is in units of the first pattern's standard deviation until it is done"
     spread = float(np.concatenate(T)[:, 0].std()) or 1.
@@ -331,6 +340,7 @@ def train_texture(
     names = [section_name(s) for s in sections]
     if not names or len(set(names)) < len(names): raise InputError(f'Training takes one or more sections, each once, not {names}.')
     if not (steps >= 10 and 0 < lr < np.inf): raise InputError(f'steps is 10 or more and lr above 0 and finite, not {steps} and {lr}.')
+    if use_array and len(kinds := {array_step(s) for s in sections}) > 1: raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be learned of their positions. Train on one kind, or with use_array=False.')
     device, textures = default_device(device), Textures(load_lite0())
     given = {k: options[k] for k in ('windows', 'size', 'views') if k in options}
     examples = [texture_example(textures.to(device), s, panel, normalization, cache=cache, **given) for s in sections]
@@ -344,7 +354,7 @@ def train_texture(
     for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items(): getattr(model, k).copy_(torch.as_tensor(v))
     each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(model.members)]
     diameters = [s.uns['spatial'][n]['scalefactors']['spot_diameter_fullres'] for n,s in zip(names, sections)]
-    model.about = dict(genes=list(panel), normalization=normalization, sections=names, spot_diameter=float(np.median(diameters)), grid=np.mean([fit_grid(s) for s in sections], 0).tolist(),
+    model.about = dict(genes=list(panel), normalization=normalization, sections=names, spot_diameter=float(np.median(diameters)), array_step=array_step(sections[0]), grid=np.mean([fit_grid(s) for s in sections], 0).tolist(),
                        training=dict(rank=rank, alpha=alpha, steps=steps, lr=lr, seed=seed, use_array=use_array),
                        inner_folds=[] if inner is None else inner.round(5).reset_index().to_dict('records'))
     return model.eval(), np.mean(each, 0).tolist() if each else []

@@ -21,12 +21,12 @@ def local_yield(
     median = np.array([np.median(n[of(i)]) if around is not None and len(of(i)) else n[i] for i in range(len(n))])
     return np.log((n + 1)/(median + 1))
 
-# %% ../nbs/library/15_yields.ipynb #b6d91fdf
+# %% ../nbs/library/15_yields.ipynb #c0cf4f3c
 DEAD = -3.                                                                      # local yield (ln) below which a spot is dead
 
 def array_yields(
     sections:list, # AnnData each, raw counts, all on arrays of one make
-)->tuple: # two tables (x, y) by array position: mean ln yield of the spots alive, shrunk towards 0; share of sections in which the spot is dead
+)->tuple: # two tables (x, y) by array position: mean ln yield of the spots alive, and share of sections in which the spot is dead, both shrunk towards 0
     "What is known of an array's positions from the sections measured on it"
     where = [section.obs[['array_col', 'array_row']].to_numpy() for section in sections]
     if not where: raise InputError('There is no section to learn the array from.')
@@ -37,7 +37,7 @@ def array_yields(
         y = local_yield(section)
         alive = y > DEAD
         np.add.at(total, tuple(w[alive].T), y[alive].clip(-1, 1)); np.add.at(n, tuple(w.T), 1); np.add.at(n_dead, tuple(w[~alive].T), 1)
-    return (total/(n - n_dead + 1)).astype(np.float32), (n_dead/np.maximum(n, 1)).astype(np.float32)
+    return (total/(n - n_dead + 1)).astype(np.float32), (n_dead/(n + 1)).astype(np.float32)
 
 def at_positions(
     table:np.ndarray, # (x, y), from `array_yields`
