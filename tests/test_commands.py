@@ -20,7 +20,8 @@ def command(name):
 def environment(): return {**os.environ, 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', 'COLUMNS': '160', 'PYTHONIOENCODING': 'utf-8'}
 
 def start(name, *args, **kwargs):
-    return subprocess.Popen([command(name), *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), **kwargs)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)                # a shell starts what it runs in the background deaf to it
+    return subprocess.Popen([command(name), *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), preexec_fn=heard if os.name == 'posix' else None, **kwargs)
 
 def finish(process):
     process.out, process.err = process.communicate()
