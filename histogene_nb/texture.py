@@ -82,6 +82,7 @@ def texture_numbers(
 )->Tensor: # float32 (n, 160 a window)
     "The textures around places of a section"
     if not 1 <= views <= len(_WAYS): raise InputError(f'views is 1 to {len(_WAYS)}, not {views}.')
+    if not len(windows) or not min(windows) > 0: raise InputError(f'windows are one or more, each above 0, not {tuple(windows)}.')
     centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
     device, shape = next(textures.parameters()).device, (len(centres), 160*len(windows))
     file = _numbers_file(cache, textures, section, centres, windows, size, views) if cache is not None else None
@@ -339,7 +340,9 @@ def train_texture(
     "Train the texture model on sections"
     names = [section_name(s) for s in sections]
     if not names or len(set(names)) < len(names): raise InputError(f'Training takes one or more sections, each once, not {names}.')
-    if not (steps >= 10 and 0 < lr < np.inf): raise InputError(f'steps is 10 or more and lr above 0 and finite, not {steps} and {lr}.')
+    if not (steps >= 20 and 0 < lr < np.inf): raise InputError(f'steps is 20 or more and lr above 0 and finite, not {steps} and {lr}.')
+    for name,value in dict(rank=rank, alpha=alpha).items():
+        if value is not None and not 0 < value < np.inf: raise InputError(f'{name} is above 0 and finite, not {value}. Leave it out, and it is chosen on inner folds.')
     if use_array and len(kinds := {array_step(s) for s in sections}) > 1: raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be learned of their positions. Train on one kind, or with use_array=False.')
     device, textures = default_device(device), Textures(load_lite0())
     given = {k: options[k] for k in ('windows', 'size', 'views') if k in options}

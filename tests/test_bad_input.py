@@ -14,6 +14,7 @@ from histogene_nb.patches import extract_patches
 from histogene_nb.position import grid_positions
 from histogene_nb.sections import InputError, add_hires, read_her2st, section_name
 from histogene_nb.superres import predict_image, predict_superres, recover_spots
+from histogene_nb.texture import train_texture
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.training import fit, predict, run_model, train, training_example
 
@@ -335,6 +336,42 @@ def test_model_of_another_shape(saved, panel):
     shutil.copy(saved/'wide/model.safetensors', saved/'model.safetensors')
     message = refused('weights .* have shape .* of a model of another size', from_pretrained, saved)
     assert str(saved) in message
+
+@pytest.fixture(scope='module')
+def texture_folder(made, tmp_path_factory):
+    "A small texture model"
+    model, _ = train_texture(made['sections'], made['panel'], rank=2, alpha=1., steps=20, windows=(1., 2.), size=32, views=1, members=1, dim=16, depth=1, heads=2)
+    return save_pretrained(model, tmp_path_factory.mktemp('texture'))
+
+@pytest.fixture
+def saved_texture(texture_folder, tmp_path): return Path(shutil.copytree(texture_folder, tmp_path/'texture'))
+
+@pytest.mark.parametrize('f', [lambda b: b'', lambda b: b[:len(b)//2], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]], ids=['empty', 'half', 'one bit'])
+def test_corrupt_weights_of_a_texture_model(saved_texture, f):
+    damage(saved_texture/'model.safetensors', f)
+    assert str(saved_texture) in refused('this saved model is damaged.*Copy it again, or train it again', from_pretrained, saved_texture)
+
+@pytest.mark.parametrize('change,match', [
+    (dict(kind='forest'), "damaged.*no kind of model 'forest'"), (dict(kind='HisToGene'), 'damaged'), (dict(kind=None), 'damaged'), (dict(kind=['texture']), 'damaged'),
+    (dict(rank=4), 'weights basis have shape .*, this model needs'), (dict(windows=[1.]), 'weights centre have shape'), (dict(windows=[]), 'damaged.*windows'), (dict(windows=[-1., 2.]), 'damaged.*windows'),
+    (dict(members=2), 'weights members.1.* are missing'), (dict(members=0), 'weights members.0.* belong to no part'), (dict(members=-1), 'damaged.*members'), (dict(array=[3, 3]), 'weights dead_share have shape'),
+    (dict(array=[0, 3]), 'damaged.*array'), (dict(dim='16'), 'damaged'), (dict(heads=3), 'damaged'), (dict(n_genes=3), 'damaged.*genes for 3 outputs'), (dict(colour='blue'), "damaged.*'colour'")])
+def test_config_that_does_not_fit_a_texture_model(saved_texture, change, match):
+    config = json.loads((saved_texture/'config.json').read_text())
+    (saved_texture/'config.json').write_text(json.dumps({**config, **change}))
+    assert str(saved_texture) in refused(match, from_pretrained, saved_texture)
+
+def test_weights_of_another_kind(saved, saved_texture):
+    for a,b in ((saved, saved_texture), (saved_texture, saved)):
+        weights = shutil.copy(b/'model.safetensors', b/'own')
+        shutil.copy(a/'model.safetensors', b/'model.safetensors')
+        refused('weights .* (are missing|belong to no part)', from_pretrained, b)
+        shutil.copy(weights, b/'model.safetensors')
+
+@pytest.mark.parametrize('options,match', [(dict(steps=19), 'steps is 20 or more'), (dict(lr=0), 'lr above 0'), (dict(views=9), 'views is 1 to'), (dict(members=-1), 'members 0 or more'), (dict(windows=()), 'windows are one or more'), (dict(windows=(0., 1.)), 'windows are one or more, each above 0'),
+                                           (dict(rank=0), 'rank'), (dict(rank=-2), 'rank'), (dict(alpha=0.), 'alpha'), (dict(alpha=-1.), 'alpha'), (dict(alpha=np.nan), 'alpha'), (dict(size=0), 'size')])
+def test_impossible_texture_training(made, options, match):
+    refused(match, train_texture, made['sections'], made['panel'], **{**dict(steps=20, windows=(1.,), size=32, views=1, members=1, rank=2, alpha=1.), **options})
 
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
 def test_file_of_the_model_missing(saved, name):
