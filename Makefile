@@ -1,6 +1,8 @@
 # make demo, make test, make docs, make sync: each makes the environment that it needs and uses it again.
 PYTHON ?= python3
 VENV   ?= .venv
+# Tests at a time, each on one core
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -42,7 +44,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/histogene_demo --out histogene_demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -ra --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_site.py

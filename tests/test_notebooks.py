@@ -12,7 +12,9 @@ def runs(cell):
     flags = [l[2:].replace(' ', '') for l in cell.source.splitlines() if l.startswith('#|')]
     return cell.cell_type == 'code' and 'eval:false' not in flags and 'slow' not in flags
 
-@pytest.mark.parametrize('path', notebooks(), ids=name)
+def one_after_another(path): return pytest.mark.xdist_group('paper') if path.parent.name == 'paper' else ()
+
+@pytest.mark.parametrize('path', [pytest.param(p, marks=one_after_another(p), id=name(p)) for p in notebooks()])
 def test_notebook(path, tmp_path, tmp_path_factory):
     if path.parent.name == 'paper':
         tmp_path = tmp_path_factory.getbasetemp()/'paper'

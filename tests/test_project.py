@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from fastcore.docments import docments
 from conftest import cells, name, notebooks, root
+from run_notebooks import stale
 
 made = 'settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml nbs histogene_nb'.split()
 modules = sorted(p.stem for p in (root/'histogene_nb').glob('*.py') if not p.name.startswith('_'))
@@ -104,6 +105,25 @@ def test_outputs(path):
         shown = [{**o, 'data': {k: v for k, v in o.get('data', {}).items() if not k.startswith('image/')}} for o in c['outputs']]
         assert not (m := machine_path.search(json.dumps(shown))), f"{m[0]} in what is saved after:\n{c['source']}"
         assert not (m := machine_path.search(c['source'])), f"{m[0]} in:\n{c['source']}"
+
+@all_notebooks
+def test_outputs_are_of_this_code(path):
+    "Saved outputs come from a run of the notebook as it is, with the library and results as they are"
+    assert not stale(path), f'{name(path)}: its outputs were saved by other code. Run python tools/run_notebooks.py --stale'
+
+def test_stale_outputs_are_found(copy, monkeypatch):
+    "A change of a notebook, of a module that it uses by way of another, or of results that it shows; not of anything else"
+    monkeypatch.setattr('run_notebooks.library', copy/'histogene_nb')
+    page, module, results = copy/'nbs'/'beyond'/'02_leaderboard.ipynb', copy/'histogene_nb'/'sections.py', copy/'histogene_nb'/'results'
+    def after(file, change):
+        before = file.read_text(encoding='utf-8')
+        file.write_text(change(before), encoding='utf-8')
+        found = stale(page)
+        file.write_text(before, encoding='utf-8')
+        return found
+    assert not stale(page)
+    assert after(module, lambda t: t + 'x = 1\n') and after(results/'leaderboard'/'measures.csv', lambda t: t + '\n') and after(page, lambda t: t.replace('import', 'import os, ', 1))
+    assert not after(module, lambda t: t + '# a remark\n') and not after(copy/'histogene_nb'/'cscc.py', str.upper) and not after(results/'reference.csv', str.upper) and not after(page, lambda t: t.replace('# A leaderboard', '# Leaderboard'))
 
 @all_notebooks
 def test_addresses(path, about):

@@ -1,13 +1,39 @@
-"""Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [nbs/library/02_patches.ipynb ...]
+"""Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/library/02_patches.ipynb ...]
 
-All notebooks unless some are named. The pages of the paper share a folder, and with it the run that they show. Progress bars are left out of the outputs, and so are metadata.
+All notebooks unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
+the run that they show. Progress bars are left out of the outputs, and so are metadata, but for a mark of the code and results that the outputs are of.
 """
-import sys, tempfile, time
+import hashlib, re, sys, tempfile, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-nbs = Path(__file__).parent.parent/'nbs'
+root = Path(__file__).resolve().parent.parent
+nbs, library = root/'nbs', root/'histogene_nb'
+
+def modules_used(code):
+    "The library's modules that some code imports, directly or through others"
+    found, todo = set(), {code}
+    while todo:
+        names = set(re.findall(r'(?:from|import) +(?:histogene_nb)?\.(\w+)', todo.pop())) - found
+        found |= names
+        todo |= {(library/f'{n}.py').read_text(encoding='utf-8') for n in names}
+    return sorted(found)
+
+def fingerprint(nb):
+    "What a notebook's outputs depend on: its code, the library's modules that it uses, and the results and data in the package that it names"
+    code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    h = hashlib.blake2b(code.encode(), digest_size=8)
+    for m in modules_used(code): h.update('\n'.join(l for l in (library/f'{m}.py').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#')).encode())
+    for entry in sorted([*(library/'results').iterdir(), *(library/'data').iterdir()]):
+        if entry.stem in code or entry.stem.rpartition('_')[0] + '_{' in code:
+            for f in sorted(entry.rglob('*.*')) if entry.is_dir() else [entry]: h.update(f.read_bytes())
+    return h.hexdigest()
+
+def stale(path):
+    "Whether a notebook's saved outputs are of other code or results than today's"
+    nb = nbformat.read(path, 4)
+    return nb.metadata.get('ran') != fingerprint(nb)
 
 def progress_bar(output):
     return '%|' in output.get('text', '') or any('%|' in str(v) or 'widget' in k for k,v in output.get('data', {}).items() if not k.startswith('image/'))
@@ -23,10 +49,12 @@ def run(path, shared):
     for c in nb.cells:
         c.metadata = {}
         if 'outputs' in c: c.outputs = [o for o in c.outputs if not progress_bar(o)]
-    nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+    nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'ran': fingerprint(nb)}
     nbformat.write(nb, path)
     print(f'{path.name}: {time.perf_counter() - start:.0f} s', flush=True)
 
 if __name__ == '__main__':
+    paths = [Path(p).resolve() for p in sys.argv[1:] if p != '--stale'] or sorted(p for p in nbs.rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(nbs).parts))
+    if '--stale' in sys.argv: paths = [p for p in paths if stale(p)]
     with tempfile.TemporaryDirectory() as shared:
-        for path in [Path(p) for p in sys.argv[1:]] or sorted(p for p in nbs.rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.parts)): run(path, shared)
+        for path in paths: run(path, shared)
