@@ -127,11 +127,13 @@ def histogene_train(
     augment:bool=False, # Turn and flip patches
     device:str=None, # cpu, cuda or mps (default: the best there is)
     every:int=10, # Epochs between checkpoints
+    array_from:_words('Texture model: more sections on arrays of the same make; their counts alone teach what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
     cache:str=None, # Folder that keeps patches (default: none)
 ):
     "Train a model on sections and save it"
     start, out, given = time.perf_counter(), Path(out), dict(locals())
     if model not in ('HisToGene', 'texture'): raise InputError(f'There is no model {model!r}; there are HisToGene and texture.')
+    if model != 'texture' and array_from: raise InputError('--array-from is a setting of the texture model. Give --model texture, or leave it out.')
     if model == 'texture':
         for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every'):
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
@@ -144,7 +146,7 @@ def histogene_train(
     data = [read_section(s, root) for s in sections]
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
     print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {default_device(device)}')
-    if model == 'texture': net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache)
+    if model == 'texture': net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache, array_from=[read_section(s, root) for s in array_from or ()])
     else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
                               dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
     net.about['training']['losses'] = [round(l, 5) for l in losses]

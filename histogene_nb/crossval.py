@@ -141,10 +141,13 @@ def texture(
     checkpoint:str|Path|None=None, # not needed: training takes less than a minute once textures are known
     cache:str|Path|None=None, # folder that keeps patches
     label:str='texture', # what the predictions are called
+    array_from:tuple=(), # sections whose counts teach the array too; those of the tested patients are left out
     **options, # of `train_texture`: rank, alpha, use_array, members, ...
 )->tuple: # list of predicted sections; a dictionary with losses, rank, alpha, the inner folds and the number of parameters
     "The texture model"
-    model, losses = train_texture(training, panel, normalization, seed=seed, device=device, cache=cache, **options)
+    patients, trained = {s.uns['histogene']['patient'] for s in test}, {section_name(s) for s in training}
+    array_from = [s for s in array_from if s.uns['histogene']['patient'] not in patients and section_name(s) not in trained]
+    model, losses = train_texture(training, panel, normalization, seed=seed, device=device, cache=cache, array_from=array_from, **options)
     predicted = [predict(model, s, device, cache) for s in test]
     for p in predicted: p.uns['histogene']['predicted_by'] = label
     setting = {k: model.about['training'][k] for k in ('rank', 'alpha')}

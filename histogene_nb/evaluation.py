@@ -193,8 +193,9 @@ def _method_color(method, # a method's name
     return METHOD_COLORS.get(method) or spare[[m for m in methods if m not in METHOD_COLORS].index(method) % len(spare)]
 
 # %% ../nbs/library/09_evaluation.ipynb #6d9f19e3
-def _tile(section):
-    "(width in full-resolution pixels, whether tiles touch) of one mark on a map of `section`"
+def tile(section:ad.AnnData, # at spots or super-resolved
+        )->tuple: # width in full-resolution pixels, and whether marks touch: sub-patches do (squares), spots do not (circles)
+    "How large the mark of one place is on a map"
     width = float(section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres'])
     if section.n_obs<2: return width, False
     pitch = np.median(cKDTree(section.obsm['spatial']).query(section.obsm['spatial'], k=2)[0][:,1])
@@ -203,7 +204,7 @@ def _tile(section):
 # %% ../nbs/library/09_evaluation.ipynb #ce78a046
 def _draw(section, ax, size=1., thumbnail=False, **kw):
     "Add the spots of `section` to `ax` in full-resolution pixels, y down; `kw` goes to the collection"
-    width,square = _tile(section)
+    width,square = tile(section)
     angle = np.pi/4 + np.arange(0, 2*np.pi, np.pi/2 if square else np.pi/12)
     outline = np.c_[np.cos(angle), np.sin(angle)] * (width/np.sqrt(2) if square else width*size/2)   # (corners, 2)
     xy = np.asarray(section.obsm['spatial'], dtype=float)                       # (n, 2)
@@ -230,7 +231,10 @@ def _gene(section, gene):
     return _dense(section[:, gene])[:,0]
 
 # %% ../nbs/library/09_evaluation.ipynb #1259d687
-def _unit(section): return section.uns.get('histogene', {}).get('unit', 'expression')
+def expression_unit(section:ad.AnnData, # observed or predicted expression
+                   )->str: # 'expression' where it is not known
+    "What a section's values are measured in"
+    return section.uns.get('histogene', {}).get('unit', 'expression')
 
 # %% ../nbs/library/09_evaluation.ipynb #ed0e0e42
 def plot_gene(section:ad.AnnData, # observed or predicted expression, at spots or super-resolved
@@ -247,7 +251,7 @@ def plot_gene(section:ad.AnnData, # observed or predicted expression, at spots o
     if ax is None: ax = plt.subplots(figsize=(3.4, 2.8), layout='constrained')[1]
     marks = _draw(section, ax, size=size, thumbnail=thumbnail, array=values, cmap='viridis')
     marks.set_clim(values.min() if vmin is None else vmin, values.max() if vmax is None else vmax)
-    ax.figure.colorbar(marks, ax=ax, label=_unit(section), shrink=.8)
+    ax.figure.colorbar(marks, ax=ax, label=expression_unit(section), shrink=.8)
     if title is None: ax.set_title(gene, style='italic')
     else: ax.set_title(title)
     return ax

@@ -122,9 +122,9 @@ def _see(numbers, positions, about):
     "Standardised numbers and the array's yield, (n, d + 1)"
     return np.c_[(numbers - about['centre'])/about['scale'], _YIELD*at_positions(about['yields'], positions)].astype(np.float32)
 
-def _prepare(examples, rank, use_array):
-    "What all fits share: inputs and scores of the spots alive, section by section, and what it takes to go back"
-    sections = [e.section for e in examples]
+def _prepare(examples, rank, use_array, more=()):
+    "What all fits share: inputs and scores of the spots alive, section by section, and what it takes to go back; `more`: sections that teach the array alone"
+    sections = [*(e.section for e in examples), *more]
     none = np.zeros((1, 1), dtype=np.float32)
     tables = lambda known: array_yields(known) if use_array and known else (none, none)
     pooled = np.concatenate([e.numbers[e.alive] for e in examples])
@@ -186,11 +186,12 @@ def inner_folds(
     ranks:tuple=(1, 2, 3, 5, 10), # numbers of patterns to try
     alphas:tuple=(5., 2., 1., .5, .2), # penalties to try, per input
     use_array:bool=True, # with the array's yields
+    array_from:tuple=(), # see `train_texture`
 )->pd.DataFrame: # mean r over genes; a row per rank and alpha, simplest first, a column per section left out
     "How well each setting predicts a training section from the other training sections, by ridge regression"
     found = {}
     for e in examples:
-        H, T, about = _prepare([o for o in examples if o is not e], max(ranks), use_array)
+        H, T, about = _prepare([o for o in examples if o is not e], max(ranks), use_array, array_from)
         seen, Y = _see(e.numbers, e.positions, about), e.Y - e.Y.mean(0)
         for a,w in zip(alphas, _ridge(H, T, alphas)):
             scores = seen @ w
@@ -334,6 +335,7 @@ def train_texture(
     seed:int=0, # of the transformers
     device:str|torch.device|None=None, # chosen unless given
     use_array:bool=True, # learn what the array yields where
+    array_from:tuple=(), # more sections on arrays of the same make, of which only the counts are used: they teach what the array yields where
     cache:str|Path|None=None, # folder that keeps patches
     **options, # of `TextureModel`: windows, members, dim, ...
 )->tuple: # the trained model, and the transformers' mean loss at each step
@@ -343,21 +345,23 @@ def train_texture(
     if not (steps >= 20 and 0 < lr < np.inf): raise InputError(f'steps is 20 or more and lr above 0 and finite, not {steps} and {lr}.')
     for name,value in dict(rank=rank, alpha=alpha).items():
         if value is not None and not 0 < value < np.inf: raise InputError(f'{name} is above 0 and finite, not {value}. Leave it out, and it is chosen on inner folds.')
-    if use_array and len(kinds := {array_step(s) for s in sections}) > 1: raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be learned of their positions. Train on one kind, or with use_array=False.')
+    if len(taught := [*names, *(section_name(s) for s in array_from)]) > len(set(taught)) or (array_from and not use_array):
+        raise InputError(f'array_from takes sections that are not trained on, each once, and use_array, not {taught[len(names):]} beside {names}.')
+    if use_array and len(kinds := {array_step(s) for s in [*sections, *array_from]}) > 1: raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be learned of their positions. Train on one kind, or with use_array=False.')
     device, textures = default_device(device), Textures(load_lite0())
     given = {k: options[k] for k in ('windows', 'size', 'views') if k in options}
     examples = [texture_example(textures.to(device), s, panel, normalization, cache=cache, **given) for s in sections]
-    inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), use_array=use_array) if len(examples) > 1 and None in (rank, alpha) else None
+    inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), use_array=use_array, array_from=array_from) if len(examples) > 1 and None in (rank, alpha) else None
     chosen = simplest_setting(inner) if inner is not None else (3, 1.)
     rank, alpha = int(chosen[0] if rank is None else rank), float(chosen[1] if alpha is None else alpha)
     rank = min(rank, len(panel), sum(int(e.alive.sum()) for e in examples))
-    H, T, about = _prepare(examples, rank, use_array)
+    H, T, about = _prepare(examples, rank, use_array, array_from)
     model = TextureModel(len(panel), rank, array=about['yields'].shape, **options)
     model.textures = textures
     for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items(): getattr(model, k).copy_(torch.as_tensor(v))
     each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(model.members)]
     diameters = [s.uns['spatial'][n]['scalefactors']['spot_diameter_fullres'] for n,s in zip(names, sections)]
     model.about = dict(genes=list(panel), normalization=normalization, sections=names, spot_diameter=float(np.median(diameters)), array_step=array_step(sections[0]), grid=np.mean([fit_grid(s) for s in sections], 0).tolist(),
-                       training=dict(rank=rank, alpha=alpha, steps=steps, lr=lr, seed=seed, use_array=use_array),
+                       training=dict(rank=rank, alpha=alpha, steps=steps, lr=lr, seed=seed, use_array=use_array, array_from=taught[len(names):]),
                        inner_folds=[] if inner is None else inner.round(5).reset_index().to_dict('records'))
     return model.eval(), np.mean(each, 0).tolist() if each else []

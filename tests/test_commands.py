@@ -122,16 +122,17 @@ def checkpoint_after(process, file):
 def test_texture_model(files, tmp_path):
     "The texture model behind the same commands: at spots, at 4x, from an image alone"
     out, rule = tmp_path/'model', '--n-top 40 --min-spots 5'.split()
-    run('histogene_train', files/'X1.h5ad', files/'X2.h5ad', '--model', 'texture', '--out', out, *rule)
+    run('histogene_train', files/'X1.h5ad', '--model', 'texture', '--array-from', files/'X2.h5ad', '--out', out, *rule)
     net, image = from_pretrained(out), section_image(files/'Y1.h5ad')
-    assert type(net).__name__ == 'TextureModel' and net.about['provenance']['command'].startswith('histogene_train ')
+    assert type(net).__name__ == 'TextureModel' and net.about['training']['array_from'] == ['X2'] and net.about['provenance']['command'].startswith('histogene_train ')
     assert not (out/'training.safetensors').exists()
     for kind,args,name in (('spots', [files/'Y1.h5ad'], 'texture'), ('4x', [files/'Y1.h5ad', '--superres', '4'], 'texture_SR'), ('image', ['--image', image, '--spot-diameter', '112'], 'texture_SR')):
         run('histogene_predict', out, *args, '--out', tmp_path/f'{kind}.h5ad')
         a = ad.read_h5ad(tmp_path/f'{kind}.h5ad')
         assert a.uns['histogene']['predicted_by'] == name and list(a.var_names) == net.about['genes'] and np.isfinite(a.X).all() and a.X.std(0).max() > 0
     assert list(json.loads((tmp_path/'4x.json').read_text())['results']) == ['texture*']
-    for args,said in ((['--model', 'texture', '--epochs', '3'], '--epochs is a setting of HisToGene'), (['--model', 'resnet'], "There is no model 'resnet'")):
+    for args,said in ((['--model', 'texture', '--epochs', '3'], '--epochs is a setting of HisToGene'), (['--model', 'resnet'], "There is no model 'resnet'"),
+                      (['--array-from', files/'X2.h5ad'], '--array-from is a setting of the texture model'), (['--model', 'texture', '--array-from', files/'X1.h5ad'], 'not trained on')):
         p = finish(start('histogene_train', files/'X1.h5ad', '--out', tmp_path/'other', *rule, *args))
         assert p.returncode == 1 and said in p.err and 'Traceback' not in p.err and not (tmp_path/'other').exists()
 

@@ -13,6 +13,11 @@ all_modules = pytest.mark.parametrize('module', modules)
 
 def run(*args, cwd): return subprocess.run([str(a) for a in args], cwd=cwd, check=True, capture_output=True, text=True).stdout
 
+def test_citation(about):
+    "CITATION.cff is of this version"
+    said = dict(l.split(': ', 1) for l in (root/'CITATION.cff').read_text(encoding='utf-8').splitlines() if ': ' in l and not l.startswith(' '))
+    assert (said['version'], said['title'], said['repository-code']) == (about['version'], about['lib_name'], f"https://github.com/{about['user']}/{about['repo']}")
+
 @pytest.fixture
 def copy(tmp_path):
     "The project without what git does not hold"
@@ -105,11 +110,6 @@ def test_outputs(path):
         shown = [{**o, 'data': {k: v for k, v in o.get('data', {}).items() if not k.startswith('image/')}} for o in c['outputs']]
         assert not (m := machine_path.search(json.dumps(shown))), f"{m[0]} in what is saved after:\n{c['source']}"
         assert not (m := machine_path.search(c['source'])), f"{m[0]} in:\n{c['source']}"
-
-@all_notebooks
-def test_outputs_are_of_this_code(path):
-    "Saved outputs come from a run of the notebook as it is, with the library and results as they are"
-    assert not stale(path), f'{name(path)}: its outputs were saved by other code. Run python tools/run_notebooks.py --stale'
 
 def test_stale_outputs_are_found(copy, monkeypatch):
     "A change of a notebook, of a module that it uses by way of another, or of results that it shows; not of anything else"

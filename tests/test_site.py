@@ -1,17 +1,10 @@
 """The site that `make docs` builds: complete, and readable without a network from any folder."""
-import json, re, shutil, subprocess, sys
+import json, re
 import pytest
 from check_site import Page, check_site
-from conftest import cells, name, notebooks, root
+from conftest import cells, name, notebooks, page_of
 
-@pytest.fixture(scope='session')
-def site(tmp_path_factory):
-    "The site, built in _docs where `make docs` finds it again, and looked at in another folder."
-    res = subprocess.run([sys.executable, root/'tools/build_site.py'], capture_output=True, text=True)
-    if res.returncode: pytest.fail(res.stdout + res.stderr, pytrace=False)
-    return shutil.copytree(root/'_docs', tmp_path_factory.mktemp('stick')/'site')
-
-def page_of(path): return re.sub(r'(^|/)\d+[a-z0-9]*_', r'\1', name(path).lower()) + '.html'
+pytestmark = pytest.mark.xdist_group('site')                       # one build for all
 
 def test_nothing_missing(site): assert check_site(site) == []
 

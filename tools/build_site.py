@@ -5,7 +5,7 @@ set while building (so that a wrong one is found), fonts and search work without
 import base64, contextlib, hashlib, html, io, json, os, re, shutil, subprocess, sys, tarfile
 from pathlib import Path, PurePosixPath
 
-import yaml
+import bokeh, yaml
 from fastcore.utils import num_cpus
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -148,8 +148,23 @@ loaded = '''index = await new Promise((done, failed) => {
         document.head.append(s);
       });'''
 
+bokeh_script = re.compile(r'<script[^>]*src="https://cdn[^"]*/(bokeh(?:-[a-z]+)?)-([\d.]+)\.min\.js"[^>]*>\s*</script>')
+
+def bring_bokeh(out):
+    "The scripts of interactive figures, which notebooks fetch from Bokeh's address, from the Bokeh that is installed."
+    js = Path(bokeh.__file__).parent/'server/static/js'
+    for f in sorted(out.rglob('*.html')):
+        s = f.read_text(encoding='utf-8')
+        for name, version in set(bokeh_script.findall(s)):
+            if version != bokeh.__version__: raise SiteError(f'{f.relative_to(out)} holds figures of Bokeh {version}, and {bokeh.__version__} is installed. Run its notebook again, and save it.')
+            (out/'site_libs/bokeh').mkdir(exist_ok=True)
+            shutil.copy(js/f'{name}.min.js', out/'site_libs/bokeh')
+        libs = '../'*(len(f.relative_to(out).parts)-1) + 'site_libs'
+        f.write_text(bokeh_script.sub(lambda m: f'<script src="{libs}/bokeh/{m[1]}.min.js"></script>', s), encoding='utf-8')
+
 def localise(out):
     "Fonts and the search index in a form that a browser reads from a folder."
+    bring_bokeh(out)
     libs = out/'site_libs'
     for css in libs.rglob('*.css'): inline_fonts(css)
     for fonts in [*libs.rglob('fonts')]: shutil.rmtree(fonts)

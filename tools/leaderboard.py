@@ -7,21 +7,30 @@ HisToGene and ST-Net, which take hours, run two folds at a time through Ray, one
 The tables are written after each seed of them.
 """
 import shutil, sys, time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import pandas as pd
 import histogene_nb
 from histogene_nb.commands import reader
 from histogene_nb.crossval import _folds, _measures, baselines, cross_validate, fold_name, histogene, provenance, ridges, stnet, texture
 from histogene_nb.expression import read_panel
-from histogene_nb.sections import data_folder
+from histogene_nb.sections import data_folder, her2st_catalogue, read_her2st
 
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
-thrice = {'texture': texture}
 slow = {'HisToGene': histogene, 'ST-Net': partial(stnet, backbone='efficientnet_lite0', patch_size=112)}
 once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture, use_array=False, members=0),
         'texture without transformers': partial(texture, members=0), 'texture without array': partial(texture, use_array=False), 'texture, one transformer': partial(texture, members=1)}
+
+@cache
+def counts():
+    "The other sections on the make of array that these five are on, patients A to D (beyond/01_array)"
+    patient = her2st_catalogue().patient
+    return tuple(read_her2st(data_folder(), s, verbose=False) for s in patient.index if patient[s] in 'ABCD' and s not in sections)
+
+def more_counts(*args, **options):
+    "The texture model, its array taught by those sections' counts too, the tested patient's left out"
+    return texture(*args, array_from=counts(), **options)
 
 def write(out):
     "The tables of all folds that are done"
@@ -39,7 +48,7 @@ def main(folder):
     panel = read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
     named = lambda methods: {k: partial(m, label=k) if k.startswith('texture') else m for k,m in methods.items()}
     run = partial(cross_validate, read, catalogue, out=out, by=('section', 'patient'), panel=panel, cache=out/'patches', command='tools/leaderboard.py')
-    run(named(thrice), seeds=(0, 1, 2))
+    run(named({'texture': texture, 'texture, array from more counts': more_counts}), seeds=(0, 1, 2))
     run(named(once))
     write(out)
     for seed in (0, 1, 2):
