@@ -62,7 +62,7 @@ def attention_explorer(
     spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names), weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
     target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1]))
     every = ColumnDataSource(dict(weight=weight.ravel()))
-    fig, colors = _map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size), LogColorMapper('Viridis256', low=.25, high=16)
+    fig, colors = _map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size), LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999)))
     fig.circle(x='x', y='y', radius=width/2, source=spots, fill_color=dict(field='weight', transform=colors), line_color=None)
     fig.circle(x='x', y='y', radius=.75*width, source=target, fill_color=None, line_color='#D55E00', line_width=3)
     fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')

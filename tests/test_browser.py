@@ -3,6 +3,7 @@ import http.server, json, shutil, threading
 from functools import partial
 import pytest
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from conftest import name, notebooks, page_of
@@ -105,3 +106,37 @@ def test_code_is_copied(browser, address):
     until(browser, lambda b: 'code-copy-button-checked' in button.get_attribute('class'))
     code = browser.execute_script('return arguments[0].parentElement.querySelector("pre code").innerText', button)
     assert code.strip() and browser.execute_async_script('navigator.clipboard.readText().then(arguments[0])') == code
+
+def titles(browser): return browser.execute_script("return Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.type == 'Figure').map(f => f.title.text)")
+
+def inside(browser, selector):
+    "Elements in the interactive figures, which keep theirs in shadow roots"
+    return browser.execute_script("""const look = root => [...root.querySelectorAll('*')].flatMap(e => [...(e.matches(arguments[0]) ? [e] : []), ...(e.shadowRoot ? look(e.shadowRoot) : [])])
+        return look(document)""", selector)
+
+@pytest.fixture
+def explore(browser, address):
+    view(browser); browser.get(address + 'library/explore.html'); faults(browser, address)
+    until(browser, lambda b: len(inside(b, 'canvas')) >= 2)
+    yield browser
+    assert not faults(browser, address)
+
+def test_attention_explorer_answers_a_tap(explore):
+    before = titles(explore)[0]
+    figure = inside(explore, '.bk-Figure')[0]
+    explore.execute_script('arguments[0].scrollIntoView({block: "center"})', figure)
+    ActionChains(explore).move_to_element_with_offset(figure, -150, -100).click().perform()
+    until(explore, lambda b: titles(b)[0] != before)
+    tapped, layers = titles(explore)[0], inside(explore, 'select')[0]
+    explore.execute_script('arguments[0].value = "2"; arguments[0].dispatchEvent(new Event("change"))', layers)
+    until(explore, lambda b: 'layer 2' in titles(b)[0])
+    assert titles(explore)[0].split(',')[0] == tapped.split(',')[0]                       # still the tapped spot
+
+def test_resolution_slider_moves(explore):
+    assert titles(explore)[1].endswith('measured')
+    handle = inside(explore, '.noUi-handle')[0]
+    explore.execute_script('arguments[0].scrollIntoView({block: "center"})', handle)
+    ActionChains(explore).drag_and_drop_by_offset(handle, 600, 0).perform()
+    until(explore, lambda b: titles(b)[1].endswith('truth'))
+    shown = explore.execute_script("return Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.type == 'GlyphRenderer' && ['Rect', 'Circle'].includes(m.glyph.type) && m.visible).length")
+    assert shown == 2 + 1                                                                # spots and target of the explorer; one level of the slider
