@@ -33,7 +33,7 @@ def _same(answer, right, eps):
     a, b = a.astype(float), b.astype(float)
     return np.allclose(a, b, rtol=0, atol=eps*np.abs(b[np.isfinite(b)]).max(initial=0), equal_nan=True)
 
-# %% ../nbs/library/17_workshop.ipynb #c308b80e
+# %% ../nbs/library/17_workshop.ipynb #9a792196
 def check(
     exercise:int|str, # its number
     answer, # the learner's: a number, a name, a list, array, tensor or column of a table
@@ -46,7 +46,9 @@ def check(
     if answer is None: raise NotYet(f'Exercise {exercise} is not answered yet, or your function returns nothing. Write your code where it says "# your code here", run that cell, then this one.')
     if _open(answer): raise NotYet(f'Exercise {exercise} is not answered yet. Write your code where it says "# your code here", run that cell, then this one.')
     try:
-        if _same(answer, right, eps): return print(f'Exercise {exercise}: right.')
+        if _same(answer, right, eps):
+            print(f'Exercise {exercise}: right.')
+            return
         said = next((s for s,wrong in mistakes.items() if _same(answer, wrong, eps)), hint)
         if not callable(right) and said is hint and (a := _array(answer).shape) != (b := _array(right).shape): said = f'Your answer has shape {a}, it should have {b}. {hint}'
     except Exception as e: said = f'{hint} (Your answer, {type(answer).__name__}, could not be looked at: {e}.)'

@@ -1,6 +1,6 @@
 """Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/library/02_patches.ipynb ...]
 
-All notebooks unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
+All notebooks but the workshop's exercises unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
 the run that they show. Progress bars are left out of the outputs, and so are metadata, but for a mark of the code and results that the outputs are of.
 """
 import hashlib, re, sys, tempfile, time
@@ -54,7 +54,7 @@ def run(path, shared):
     print(f'{path.name}: {time.perf_counter() - start:.0f} s', flush=True)
 
 if __name__ == '__main__':
-    paths = [Path(p).resolve() for p in sys.argv[1:] if p != '--stale'] or sorted(p for p in nbs.rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(nbs).parts))
+    paths = [Path(p).resolve() for p in sys.argv[1:] if p != '--stale'] or sorted(p for p in nbs.rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(nbs).parts) and not p.with_stem(f'{p.stem}_solutions').exists())
     if '--stale' in sys.argv: paths = [p for p in paths if stale(p)]
     with tempfile.TemporaryDirectory() as shared:
         for path in paths: run(path, shared)
