@@ -134,6 +134,8 @@ def histogene_train(
     start, out, given = time.perf_counter(), Path(out), dict(locals())
     if model not in ('HisToGene', 'texture'): raise InputError(f'There is no model {model!r}; there are HisToGene and texture.')
     if model != 'texture' and array_from: raise InputError('--array-from is a setting of the texture model. Give --model texture, or leave it out.')
+    for s in array_from or ():
+        if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
     if model == 'texture':
         for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every'):
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')

@@ -51,7 +51,7 @@ def attention_explorer(
     section:AnnData, # with spot centres; its small image is drawn where it has one
     maps:np.ndarray, # (depth, heads, n, n) from `attention_maps` with every spot as target
     size:int=560, # width in pixels
-): # a Bokeh figure
+)->column: # a Bokeh layout, for `show_figure`
     "Tap a spot and see where it looks, by layer and head (paper: figure 5)"
     maps, n = np.asarray(maps, dtype=float), len(section)
     if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. Give every spot as target.')
@@ -94,7 +94,7 @@ def resolution_slider(
     levels:dict, # label -> AnnData with expression, at spots or super-resolved; drawn in this order
     gene:str, # one of the genes of all of them
     size:int=560, # width in pixels
-): # a Bokeh figure
+)->column: # a Bokeh layout, for `show_figure`
     "One gene at one resolution after another"
     if not levels: raise InputError('There is nothing to show: give one or more levels.')
     for label,level in levels.items():
