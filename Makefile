@@ -14,7 +14,7 @@ help:
 	@echo "make test    run every notebook and every test"
 	@echo "make docs    build the site into _docs/, without Quarto"
 	@echo "make quarto  build the site with Quarto, where that is installed"
-	@echo "make sync    library, README.md and exercises from the notebooks, notebooks cleaned"
+	@echo "make sync    library, README.md and exercises from the notebooks, the cell for Colab in each, notebooks cleaned"
 	@echo "make clean   remove what these made, except the environment"
 	@echo "The environment is $(VENV), made with $(PYTHON); choose others with VENV=... PYTHON=..."
 
@@ -55,6 +55,7 @@ quarto: $(VENV)/.dev
 
 sync: $(VENV)/.dev
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/colab.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/exercises.py
 	$(BIN)/python tools/readme.py

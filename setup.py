@@ -10,7 +10,7 @@ about = config['DEFAULT']
 
 setup(
     name=about['lib_name'], version=about['version'], description=about['description'],
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=(here/'README.md').read_text(encoding='utf-8').replace('](nbs/', f"](https://raw.githubusercontent.com/{about['user']}/{about['repo']}/{about['branch']}/nbs/"), long_description_content_type='text/markdown',
     author=about['author'], author_email=about['author_email'], url=about['git_url'], license='Apache-2.0',
     keywords=about['keywords'].split(), python_requires=f">={about['min_python']}",
     packages=find_namespace_packages(include=['histogene_nb', 'histogene_nb.*'], exclude=['*.__pycache__']), include_package_data=True,

@@ -48,7 +48,9 @@ def test_modules_have_notebooks():
 
 def test_readme():
     import readme
-    assert (root/'README.md').read_text(encoding='utf-8') == readme.readme(), 'README.md is not that of nbs/index.ipynb: make sync'
+    text, pictures = readme.readme()
+    assert (root/'README.md').read_text(encoding='utf-8') == text, 'README.md is not that of nbs/index.ipynb: make sync'
+    assert pictures and all((root/p).read_bytes() == png and f']({p})' in text for p,png in pictures.items())
 
 def test_readme_from_cells():
     "Hidden cells are left out, code and what it printed are fenced, links to notebooks go to the site."
@@ -58,6 +60,7 @@ def test_readme_from_cells():
     assert blocks(code('#| hide\n1')) == []
     assert blocks(code('#| echo: false\n1', output_type='stream', text='a\n')) == ['```\na\n```']
     assert blocks(code('#| eval: false\n1+1')) == ['```python\n1+1\n```']
+    assert blocks(code('#| label: idea\n#| fig-alt: "An idea."\nx', output_type='display_data', data={'image/png': ''}))[1] == '![An idea.](nbs/images/idea.png)'
     assert blocks(code('x', output_type='execute_result', data={'image/png': '', 'text/plain': '<Figure>'})) == ['```python\nx\n```']
     assert blocks(dict(cell_type='raw', source='---\na: 1\n---')) == []
     page = dict(cell_type='markdown', source='[a](library/01_tissue.ipynb#x) [b](https://other/c.ipynb)')
@@ -124,6 +127,28 @@ def test_stale_outputs_are_found(copy, monkeypatch):
     assert not stale(page)
     assert after(module, lambda t: t + 'x = 1\n') and after(results/'leaderboard'/'measures.csv', lambda t: t + '\n') and after(page, lambda t: t.replace('import', 'import os, ', 1))
     assert not after(module, lambda t: t + '# a remark\n') and not after(copy/'histogene_nb'/'cscc.py', str.upper) and not after(results/'reference.csv', str.upper) and not after(page, lambda t: t.replace('# A leaderboard', '# Leaderboard'))
+
+@all_notebooks
+def test_colab(path):
+    "The first code cell is the one that prepares Colab."
+    import colab
+    code = cells(path)
+    assert not code or code[0]['source'] == colab.setup(), 'make sync'
+
+@pytest.mark.parametrize('there', [True, False])
+def test_colab_cell(there, about, monkeypatch, capsys):
+    "It installs from the address in settings.ini where the package is missing, nothing where it is there, and names the device."
+    import builtins, colab
+    asked, real = [], builtins.__import__
+    class Shell:
+        def run_line_magic(self, name, line): asked.append((name, line))
+    def imported(name, *args, **kwargs):
+        if name == 'histogene_nb' and not there: raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, '__import__', imported)
+    exec(colab.setup(), dict(get_ipython=Shell))
+    assert asked == ([] if there else [('pip', f"install -q git+{about['git_url']}")])
+    assert re.fullmatch(r'computes on (cpu|mps|cuda)\n', capsys.readouterr().out)
 
 @all_notebooks
 def test_addresses(path, about):

@@ -1,8 +1,10 @@
 """The site that `make docs` builds: complete, and readable without a network from any folder."""
 import json, re
-import pytest
+import pytest, yaml
+from build_site import listed
 from check_site import Page, check_site
-from conftest import cells, name, notebooks, page_of
+from conftest import cells, name, notebooks, page_of, root
+from nbdev.config import get_config
 
 pytestmark = pytest.mark.xdist_group('site')                       # one build for all
 
@@ -20,6 +22,42 @@ def test_page(site, path):
     assert page.figures >= pictures
     assert bool(page.maths) >= ('$$' in text)
     assert r'\(' not in re.sub(r'<(code|script|style|annotation)\b.*?</\1>', '', html, flags=re.S)
+
+def test_links_of_a_page(site, about):
+    "Under the title, a link that opens the notebook in Colab, and one to the notebook itself, which lies beside the page."
+    for path in notebooks():
+        html, nb = (site/page_of(path)).read_text(encoding='utf-8'), path.relative_to(root).as_posix()
+        assert f'href="https://colab.research.google.com/github/{about["user"]}/{about["repo"]}/blob/{about["branch"]}/{nb}"' in html
+        assert f'<a href="{path.name}" download>' in html and (site/page_of(path)).with_name(path.name).read_bytes() == path.read_bytes()
+
+def test_llms(site):
+    "llms.txt names each page and says what it is for; its Markdown is text to read."
+    index = (site/'llms.txt').read_text(encoding='utf-8')
+    for path in notebooks():
+        about = re.search(r'^> (.+)', cells(path, 'markdown')[0]['source'], re.M)[1]
+        assert f"{page_of(path).removesuffix('.html')}.llms.md): {about}\n" in index
+        text = (site/page_of(path)).with_suffix('.llms.md').read_text(encoding='utf-8')
+        assert len(text) < 2e5 and '<script' not in text
+
+QUARTO = {'echo', 'output', 'code-fold', 'code-summary', 'label', 'fig-alt'}      # the cell options that are used here; nbdev's own directives are none of them
+
+@pytest.mark.parametrize('path', notebooks(), ids=name)
+def test_what_quarto_reads(site, path):
+    "nbdev's processing leaves what `nbdev_docs` hands to Quarto: title, description and address as YAML, and options that Quarto has"
+    first, *others = json.loads((root/'_proc'/path.relative_to(root/'nbs')).read_text(encoding='utf-8'))['cells']
+    front = yaml.safe_load(''.join(first['source']).strip().strip('-'))
+    assert first['cell_type'] == 'raw' and front['title'] and front['description'] and front['output-file'] == page_of(path).rpartition('/')[2]
+    for c in others:
+        options = re.findall(r'^#\|(.*)', ''.join(c['source']), re.M) if c['cell_type'] == 'code' else []
+        assert set(yaml.safe_load('\n'.join(options)) or ()) <= QUARTO
+        if c['cell_type'] == 'markdown': assert not re.search(r'^\s*#\|', ''.join(c['source']), re.M)
+
+def test_quarto_config(site):
+    "The site's description is YAML, names files that are there, and takes title and addresses from settings.ini"
+    config = yaml.safe_load((root/'_proc'/'_quarto.yml').read_text(encoding='utf-8'))
+    assert all((root/'_proc'/f).is_file() for f in [*config['metadata-files'], config['website']['favicon'], config['format']['html']['css'], *listed(config['website']['sidebar'])])
+    generated = yaml.safe_load((root/'_proc'/'nbdev.yml').read_text(encoding='utf-8'))['website']
+    assert generated['title'] and generated['repo-url'] == get_config().git_url and generated['site-url'].startswith('https://')
 
 def test_search_index(site):
     "Search reads its index from a script, since browsers refuse to fetch from a folder."

@@ -162,6 +162,25 @@ def bring_bokeh(out):
         libs = '../'*(len(f.relative_to(out).parts)-1) + 'site_libs'
         f.write_text(bokeh_script.sub(lambda m: f'<script src="{libs}/bokeh/{m[1]}.min.js"></script>', s), encoding='utf-8')
 
+def bring_notebooks(out, pages, cfg):
+    "Each page's notebook beside it, and the page's link to that."
+    raw = re.escape(f'https://raw.githubusercontent.com/{cfg.user}/{cfg.repo}/{cfg.branch}/nbs/')
+    for p in pages: shutil.copy(cfg.nbs_path/p, out/p)
+    for f in sorted(out.rglob('*.html')):
+        s = f.read_text(encoding='utf-8')
+        f.write_text(re.sub(rf'href="{raw}(?:[^"/]+/)*([^"/]+\.ipynb)"', r'href="\1" download', s), encoding='utf-8')
+
+def bring_llms(site):
+    "What each page is for, in llms.txt; no scripts and no links to notebooks in the pages' Markdown."
+    index = site.out/'llms.txt'
+    s = index.read_text(encoding='utf-8')
+    for page in site.pages.values():
+        md = page.out.with_suffix('.llms.md').as_posix()
+        s = s.replace(f'/{md})\n', f"/{md}): {page.front['description']}\n")
+        file = site.out/md
+        file.write_text(re.sub(r'<script\b.*?</script>\s*|<p class="page-links">.*?</p>\s*', '', file.read_text(encoding='utf-8'), flags=re.S), encoding='utf-8')
+    index.write_text(s, encoding='utf-8')
+
 def localise(out):
     "Fonts and the search index in a form that a browser reads from a folder."
     bring_bokeh(out)
@@ -210,6 +229,8 @@ def build():
     proc = process(cfg)
     site = render(proc, f'{cfg.doc_host}{cfg.doc_baseurl}')
     typeset(site.out, fetch_katex())
+    bring_notebooks(site.out, pages, cfg)
+    bring_llms(site)
     localise(site.out)
     found = faults(site, pages, proc)
     if found: raise SiteError(f'{len(found)} things are wrong with the site in {site.out.relative_to(root)}:\n  ' + '\n  '.join(found))

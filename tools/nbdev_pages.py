@@ -1,7 +1,11 @@
 """What the site's pages show beyond nbdev's defaults: settings.ini names these as `renderer` and in `procs`."""
 import re
 from inspect import Parameter
+from pathlib import Path
+from execnb.nbio import mk_cell
 from fastcore.docments import docments
+from nbdev.config import get_config
+from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
 
@@ -9,6 +13,15 @@ def show_source(cell):
     "The pages are lessons, so a definition is read where it is made: `#| export` of a function or class counts as `#| exports`."
     if cell.cell_type == 'code' and 'export' in cell.directives_ and re.search(r'^(def|class|async def) ', cell.source, re.M):
         cell.directives_['exports'] = cell.directives_.pop('export')
+
+
+class page_links(Processor):
+    "Under the title, the page in Colab, and its notebook to download"
+    def end(self):
+        cfg = get_config()
+        path = f'{cfg.user}/{cfg.repo}', f"{cfg.branch}/nbs/{Path(self.nb.path_).resolve().relative_to(cfg.nbs_path.resolve()).as_posix()}"
+        links = {'Open in Colab': 'https://colab.research.google.com/github/{}/blob/{}', 'Download the notebook': 'https://raw.githubusercontent.com/{}/{}'}
+        self.nb.cells.insert(1, mk_cell('<p class="page-links">' + ' · '.join(f'<a href="{url.format(*path)}">{label}</a>' for label,url in links.items()) + '</p>', 'markdown'))
 
 
 def one_line(text): return ' '.join(text.replace('|', r'\|').split())

@@ -21,8 +21,8 @@ def modules_used(code):
     return sorted(found)
 
 def fingerprint(nb):
-    "What a notebook's outputs depend on: its code, the library's modules that it uses, and the results and data in the package that it names"
-    code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    "What a notebook's outputs depend on: its code that is run, the library's modules that it uses, and the results and data in the package that it names"
+    code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code' and 'eval: false' not in c.source)
     h = hashlib.blake2b(code.encode(), digest_size=8)
     for m in modules_used(code): h.update('\n'.join(l for l in (library/f'{m}.py').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#')).encode())
     for entry in sorted([*(library/'results').iterdir(), *(library/'data').iterdir()]):
