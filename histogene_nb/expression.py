@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'common_genes', 'variable_genes', 'select_panel', 'read_pan
 
 # %% ../nbs/library/03_expression.ipynb #d87187e4
 from pathlib import Path
-import numpy as np, pandas as pd, scanpy as sc, torch
+import numpy as np, pandas as pd, torch
 from anndata import AnnData
 from scipy import sparse
 from .sections import InputError, section_name
@@ -28,6 +28,7 @@ def variable_genes(
     n_top:int=1000, # how many
 )->list: # gene symbols
     "The section's most variable genes: scanpy's default flavour on ln(CPM + 1)"
+    import scanpy as sc                                                               # a second and 0.1 GB, which only this function needs
     if not (isinstance(n_top, (int, np.integer)) and n_top >= 1): raise InputError(f'How many variable genes to take (n_top) is a whole number from 1, not {n_top}.')
     if not section.X.sum(): raise InputError(f'{next(iter(section.uns.get("spatial", {})), "This section")}: there is no count above 0, so no gene is variable. Leave the section out.')
     logged, threads = AnnData(section.X.astype(np.float32), var=section.var[[]].copy()), torch.get_num_threads()
