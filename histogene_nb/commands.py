@@ -7,7 +7,8 @@ __all__ = ['SYNTHETIC', 'histogene_download', 'read_section', 'histogene_train',
            'measured_rates', 'histogene_reproduce']
 
 # %% ../nbs/library/12_commands.ipynb #663f671c
-import functools, inspect, json, os, shlex, sys, time
+import functools, inspect, io, json, os, shlex, sys, time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 import anndata as ad, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -21,7 +22,7 @@ from .cscc import cscc_catalogue, cscc_folder, download_cscc, read_cscc
 from .tissue import GENES, synthetic_section
 from .expression import normalize, read_panel, select_panel
 from .model import HisToGene, from_pretrained, save_pretrained
-from .training import default_device, fit, plot_losses, predict, run_model, train
+from .training import default_device, fit, plot_losses, predict, processes, run_model, train
 from .crossval import _minutes, baselines, cross_validate, histogene, provenance, ridges, stnet, texture, write_h5ad, write_tables
 from .superres import predict_image, predict_superres, recover_spots
 from .texture import train_texture
@@ -50,9 +51,11 @@ def _shell(func):
     @functools.wraps(func)
     def run(*args, **kwargs):
         if not _typed(func.__name__): return func(*args, **kwargs)
-        try: return func(*args, **kwargs)
-        except InputError as e: sys.exit(f'{func.__name__}: {" ".join(str(e).splitlines())}')
-        except KeyboardInterrupt: sys.exit(f'\n{func.__name__}: interrupted. {_GO_ON.get(func.__name__, "What was complete is untouched.")}')
+        rank, name = processes()[0], func.__name__
+        try:
+            with redirect_stdout(io.StringIO() if rank else sys.stdout): return func(*args, **kwargs)
+        except InputError as e: sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {" ".join(str(e).splitlines())}')
+        except KeyboardInterrupt: sys.exit(f'\n{name}: interrupted. {_GO_ON.get(name, "What was complete is untouched.")}')
     return run
 
 # %% ../nbs/library/12_commands.ipynb #88877caf
@@ -127,8 +130,9 @@ def histogene_train(
     augment:bool=False, # Turn and flip patches
     device:str=None, # cpu, cuda or mps (default: the best there is)
     every:int=10, # Epochs between checkpoints
+    batch:int=1, # Sections a step; the processes of torchrun share them
     array_from:_words('Texture model: more sections on arrays of the same make; their counts alone teach what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
-    cache:str=None, # Folder that keeps patches (default: none)
+    cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
 ):
     "Train a model on sections and save it"
     start, out, given = time.perf_counter(), Path(out), dict(locals())
@@ -137,10 +141,11 @@ def histogene_train(
     for s in array_from or ():
         if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
     if model == 'texture':
-        for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every'):
+        if processes()[1] > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
+        for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'batch'):
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
     command = _command('histogene_train', sections)
-    settings = dict(epochs=epochs, lr=lr, seed=seed, augment=augment)
+    settings = dict(epochs=epochs, lr=lr, seed=seed, augment=augment, batch=batch)
     if (out/'config.json').exists():
         raise InputError(f'{out}: there is a trained model already, and it is left as it is. Choose another folder with --out, or delete this one.')
     try: out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,9 @@ def histogene_train(
     else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
                               dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
-    net.about['provenance'] = provenance(command, start, device)
+    rank, world = processes()
+    net.about['provenance'] = provenance(command, start, device, processes=world)
+    if rank > 0: return
     save_pretrained(net, out)
     (out/'training.safetensors').unlink(missing_ok=True)
     print(f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - start:.0f} s; model in {out}')

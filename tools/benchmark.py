@@ -6,17 +6,18 @@
 The straightforward version does what is known of the released code: whole images as float32 in memory, a loop over spots,
 attention as an N x N matrix, Adam without fusing. Each measurement is a process of its own, so that its peak memory is its own.
 """
-import gzip, json, os, platform, subprocess, sys, tempfile, time
+import gzip, json, os, platform, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from histogene_nb.sections import data_folder, read_her2st
+from histogene_nb.sections import data_folder, new_section, read_her2st, released_sections
 from histogene_nb.expression import read_panel
 from histogene_nb.model import HisToGene
 from histogene_nb.position import fit_grid, pixel_positions
-from histogene_nb.patches import dense_grid, extract_patches
+from histogene_nb.patches import _cache_file, dense_grid, extract_patches
 from histogene_nb.superres import predict_superres, section_mask
 from histogene_nb.training import fit, one_pass, run_model, training_example
 import histogene_nb
@@ -160,7 +161,63 @@ def superres_25x():
     start = time.perf_counter(); dense = predict_superres(model, section, 25, 'cpu')
     return dict(section='C3', seconds=time.perf_counter() - start, peak_GB=peak(), sub_patches=len(dense))
 
-STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x',))
+def many_sections(n, spots=350, genes=785):
+    "Sections of the HER2+ data's size, each under a file that says it is an image of full size, which nobody needs to decode: their patches are in the cache (`warm_many`)"
+    rng, place, names = np.random.default_rng(0), np.stack(np.divmod(np.arange(spots), 18), 1), [f'S{i+1}' for i in range(n)]
+    return [new_section(rng.poisson(2., (spots, genes)), [f'gene{i}' for i in range(genes)], [f'{x}x{y}' for x,y in place], 300. + 290*place, *place.T, name, name, Path(cache)/f'{name}.jpg') for name in names]
+
+def warm_many(n):
+    "The images, 4 MB each as the real ones are, and the patches of `many_sections`"
+    rng = np.random.default_rng(1)
+    Image.new('RGB', (9500, 9500), 'white').save(plain := Path(cache)/'plain.jpg')
+    for i in range(n): (Path(cache)/f'S{i+1}.jpg').write_bytes(plain.read_bytes() + rng.bytes(4_000_000 - plain.stat().st_size))
+    for i,section in enumerate(many_sections(n)):
+        np.save(_cache_file(cache, Path(cache)/f'S{i+1}.jpg', section.obsm['spatial'], 112, 112), rng.integers(256, size=(len(section), 3, 112, 112), dtype=np.uint8))
+
+@contextmanager
+def watched(every=.01):
+    "The largest resident memory within this context (GB): all, that of the process's own, and pages of files, which the system takes back when it needs room"
+    keys, most, over = ('VmRSS', 'RssAnon', 'RssFile'), {}, threading.Event()
+    def look():
+        while not over.is_set():
+            for k in keys: most[k] = max(most.get(k, 0), status(k))
+            over.wait(every)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try: yield most
+    finally: over.set(); thread.join()
+
+def stream(n, examples_of=training_example):
+    "An epoch over n sections from a warm cache, with a checkpoint at its end: memory beyond the model and optimiser, time until the first section is seen"
+    start = time.perf_counter()
+    for name in released_sections(): read_her2st(data_folder(), name, verbose=False)
+    read, sections, panel = time.perf_counter() - start, many_sections(n), [f'gene{i}' for i in range(785)]
+    base, start, epoch = {k: status(k) for k in ('VmRSS', 'RssAnon', 'RssFile')}, time.perf_counter(), {}
+    def timed(*args):
+        epoch['start'] = time.perf_counter() - start
+        with watched() as most: loss = one_pass(*args)
+        epoch.update(seconds=time.perf_counter() - start - epoch['start'], **most)
+        return loss
+    with watched() as most:
+        examples = [examples_of(s, panel, cache=cache) for s in sections]
+        model = HisToGene(len(panel))
+        fit(model, examples, 1, device='cpu', checkpoint=Path(cache)/'training.safetensors', progress=False, one_pass=timed)
+    (Path(cache)/'training.safetensors').unlink()
+    known = 3*4*sum(w.numel() for w in model.parameters())/1e9                    # weights, and Adam's two means
+    beyond = lambda peak: {f'{what}_GB': peak[k] - base[k] - (known if k != 'RssFile' else 0) for k,what in (('VmRSS', 'all'), ('RssAnon', 'own'), ('RssFile', 'files'))}
+    return dict(sections=n, patches_GB=sum(x.numel() for x,_,_ in examples)/1e9, targets_GB=sum(4*y.numel() for _,_,y in examples)/1e9, model_and_Adam_GB=known, gradients_GB=known/3,
+                to_first_epoch_seconds=epoch['start'], reading_32_real_counts_seconds=read, epoch_seconds=epoch['seconds'], epoch_beyond=beyond(epoch), with_checkpoint_beyond=beyond(most))
+
+def copied(section, panel, cache):
+    "As `training_example`, but with patches in memory of the process's own"
+    patches, *rest = training_example(section, panel, cache=cache)
+    return patches.clone(), *rest
+
+def stream_4(): return stream(4)
+def stream_32(): return stream(32)
+def stream_32_in_memory(): return stream(32, copied)
+
+STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x',), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
 
 def measure(step):
     out = subprocess.run([sys.executable, __file__, '--step', step], capture_output=True, text=True)
@@ -174,6 +231,7 @@ def main(steps):
         os.environ['BENCHMARK_CACHE'] = cache = folder
         for n in SECTIONS: training_example(read_her2st(data_folder(), n, verbose=False), the_panel(), cache=cache)     # warm
         if 'superres' in steps: dense_input()
+        if 'stream' in steps: warm_many(32)
         found = {s: measure(s) for step in steps for s in STEPS[step]}
     made_by = dict(histogene_nb=histogene_nb.__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', threads=torch.get_num_threads(), date=time.strftime('%Y-%m-%d'), sections=SECTIONS)
     result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
