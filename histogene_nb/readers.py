@@ -16,7 +16,8 @@ from anndata.utils import make_index_unique
 from PIL import Image
 from scipy import sparse
 from scipy.spatial import cKDTree
-from .sections import InputError, as_rgb, join_report, new_section, open_image, section_name
+from .cscc import cscc_catalogue, cscc_folder, read_cscc
+from .sections import InputError, as_rgb, data_folder, her2st_catalogue, join_report, new_section, open_image, read_her2st, section_name
 
 # %% ../nbs/library/19_readers.ipynb #5784f455
 @contextmanager
@@ -377,12 +378,15 @@ def _read_h5ad(path, image):
 
 # %% ../nbs/library/19_readers.ipynb #9bd1d82c
 def read_section(
-    path:str|Path, # an .h5ad file, a Visium folder, or a folder for `read_st`
-    image:str|Path|None=None, # full-resolution image; found in the folder or the file unless given
+    source:str|Path, # a HER2+ section such as 'B4', a cSCC section such as 'P2_ST_rep1', or the path of an .h5ad file, a Visium folder or a folder for `read_st`
+    image:str|Path|None=None, # full-resolution image of one's own section; found in the folder or the file unless given
+    root:str|Path|None=None, # folder of the published data; `data_folder()` or `cscc_folder()` unless given
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the section, checked
-    "Read a section of one's own, whatever it comes in"
-    path = Path(path)
+    "Read a section: one of the published ones by its name, one's own by its path, whatever it comes in"
+    path = Path(source)
+    if str(source) in cscc_catalogue().index: return read_cscc(root or cscc_folder(), str(source), verbose=verbose)
+    if str(source) in her2st_catalogue().index or not (path.exists() or path.suffix or len(path.parts) > 1): return read_her2st(root or data_folder(), str(source), verbose=verbose)
     if path.suffix.lower() == '.h5ad':
         section = _read_h5ad(path, image)
         if verbose: print(read_report(section))

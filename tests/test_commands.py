@@ -4,8 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import anndata as ad, numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
-from histogene_nb.commands import histogene_download, histogene_predict, histogene_train, read_section, write_h5ad
+from histogene_nb.commands import histogene_download, histogene_predict, histogene_train, write_h5ad
 from histogene_nb.model import from_pretrained
+from histogene_nb.readers import read_section
 from histogene_nb.sections import InputError, section_name, write_her2st
 from histogene_nb.tissue import synthetic_section
 
