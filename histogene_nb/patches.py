@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
-from .sections import InputError, as_rgb, open_image, section_name, whole_file
+from .sections import InputError, as_rgb, decoding, open_image, section_name, whole_file
 
 # %% ../nbs/library/02_patches.ipynb #45a8c722
 def _window(image, x, y, side, size):
@@ -45,7 +45,7 @@ def _checked(centres, sizes, where):
 
 # %% ../nbs/library/02_patches.ipynb #4396a78b
 def cut_patches(
-    image:Image.Image, # an open image; pixels are decoded here
+    image, # an open image, from `open_image`; pixels are decoded here
     centres:np.ndarray, # (n, 2) patch centres (x, y) in the image's pixels
     size:int=112, # side of a patch in the tensor
     side:int|None=None, # side of the window in the image's pixels; `size` unless given, resampled where they differ
@@ -109,10 +109,7 @@ def extract_patches(
     file = _cache_file(cache, path, centres, size, side) if cache is not None else None
     patches = _read_cached(file, len(centres), size) if file else None
     if patches is None:
-        with open_image(path) as image:
-            try: patches, _ = cut_patches(image, centres, size, side)
-            except OSError as e:
-                raise InputError(f'{path}: the image is damaged or incomplete ({e}). Download or export it again.') from e
+        with open_image(path) as image, decoding(path): patches, _ = cut_patches(image, centres, size, side)
         if file:
             with whole_file(file) as part, open(part, 'wb') as f: np.save(f, patches.numpy())
     low = np.floor(centres) - side//2

@@ -114,6 +114,9 @@ def test_outputs(path):
         assert not (m := machine_path.search(json.dumps(shown))), f"{m[0]} in what is saved after:\n{c['source']}"
         assert not (m := machine_path.search(c['source'])), f"{m[0]} in:\n{c['source']}"
 
+@all_notebooks
+def test_outputs_are_of_this_code(path): assert not stale(path), f'{name(path)}: its saved outputs are of other code or results: tools/run_notebooks.py --stale, then make sync'
+
 def test_stale_outputs_are_found(copy, monkeypatch):
     "A change of a notebook, of a module that it uses by way of another, or of results that it shows; not of anything else"
     monkeypatch.setattr('run_notebooks.library', copy/'histogene_nb')
