@@ -178,7 +178,7 @@ def bring_llms(site):
         md = page.out.with_suffix('.llms.md').as_posix()
         s = s.replace(f'/{md})\n', f"/{md}): {page.front['description']}\n")
         file = site.out/md
-        file.write_text(re.sub(r'<script\b.*?</script>\s*|<p class="page-links">.*?</p>\s*', '', file.read_text(encoding='utf-8'), flags=re.S), encoding='utf-8')
+        file.write_text(re.sub(r'^\s*<script\b.*?</script>\s*|<p class="page-links">.*?</p>\s*', '', file.read_text(encoding='utf-8'), flags=re.S | re.M), encoding='utf-8')
     index.write_text(s, encoding='utf-8')
 
 def localise(out):
