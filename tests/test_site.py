@@ -70,6 +70,7 @@ def test_api(site):
     html = (site/'library/sections.html').read_text(encoding='utf-8')
     entry = html[html.index('id="read_her2st"'):]
     assert '<th>Parameter</th>' in entry and 'Exported source' in entry
+    assert not [p.name for p in (site/'library').glob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
 
 @pytest.mark.parametrize('html, fault', [
     ('<a href="gone.html">', 'gone.html is not there'),

@@ -2,6 +2,7 @@
 import re
 from inspect import Parameter
 from pathlib import Path
+from types import FunctionType
 from execnb.nbio import mk_cell
 from fastcore.docments import docments
 from nbdev.config import get_config
@@ -29,7 +30,7 @@ def one_line(text): return ' '.join(text.replace('|', r'\|').split())
 def type_name(o):
     "The name of an annotation, without the modules in front; nothing where there is none"
     if o is Parameter.empty or o is type(None): return ''
-    return one_line(o.__name__ if isinstance(o, type) else re.sub(r'\b(?:\w+\.)+(\w+)', r'\1', str(o)))
+    return one_line(o.__name__ if isinstance(o, (type, FunctionType)) else re.sub(r'\b(?:\w+\.)+(\w+)', r'\1', str(o)))
 
 class ParameterTable(BasicMarkdownRenderer):
     "nbdev's `show_doc`, with the comment beside each parameter in a table rather than in the signature"
@@ -44,7 +45,7 @@ class ParameterTable(BasicMarkdownRenderer):
         about = {k:v for k,v in docments(self.sym, full=True).items() if k != 'self'}
         if not any(v.get('docment') for v in about.values()): return super()._repr_markdown_()
         def row(name, v):
-            default = '' if name == 'return' or v['default'] is Parameter.empty else f"`{one_line(repr(v['default']))}`"
+            default = '' if name == 'return' or v['default'] is Parameter.empty else f"`{one_line(getattr(v['default'], '__name__', repr(v['default'])))}`"
             return '*returns*' if name == 'return' else f'`{name}`', type_name(v['anno']), default, one_line(v['docment'] or '')
         rows = [row(k, v) for k,v in about.items() if k != 'return' or v['docment']]
         table = [('Parameter', 'Type', 'Default', 'What it is'), ('---',)*4, *rows]
