@@ -139,4 +139,4 @@ def test_resolution_slider_moves(explore):
     ActionChains(explore).drag_and_drop_by_offset(handle, 600, 0).perform()
     until(explore, lambda b: titles(b)[1].endswith('truth'))
     shown = explore.execute_script("return Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.type == 'GlyphRenderer' && ['Rect', 'Circle'].includes(m.glyph.type) && m.visible).length")
-    assert shown == 2 + 1 + 1                                                            # spots and target of the explorer; one level of each slider
+    assert shown == 2*2 + 2*1                                                            # spots and target of each explorer; one level of each slider

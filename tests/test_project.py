@@ -73,7 +73,7 @@ def test_wheel(copy, about):
     "The wheel, built from the sdist, holds every module and data file; it requires no nbdev, and nothing with an upper bound."
     run(sys.executable, '-m', 'build', '--no-isolation', cwd=copy)
     wheel = zipfile.ZipFile(next((copy/'dist').glob('*.whl')))
-    want = {str(p.relative_to(root)) for p in (root/'histogene_nb').rglob('*') if p.suffix in ('.py', '.json', '.csv')}
+    want = {str(p.relative_to(root)) for p in (root/'histogene_nb').rglob('*') if p.suffix in ('.py', '.json', '.csv', '.npz')}
     assert not want - set(wheel.namelist())
     info = next(n for n in wheel.namelist() if n.endswith('METADATA'))
     requires = [l for l in wheel.read(info).decode().splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l]
