@@ -26,7 +26,8 @@ def fingerprint(nb):
     h = hashlib.blake2b(code.encode(), digest_size=8)
     for m in modules_used(code): h.update('\n'.join(l for l in (library/f'{m}.py').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#')).encode())
     for entry in sorted([*(library/'results').iterdir(), *(library/'data').iterdir()]):
-        if entry.stem in code or entry.stem.rpartition('_')[0] + '_{' in code:
+        start = entry.stem.rpartition('_')[0]
+        if entry.stem in code or start and start + '_{' in code:
             for f in sorted(entry.rglob('*.*')) if entry.is_dir() else [entry]: h.update(f.read_bytes())
     return h.hexdigest()
 
