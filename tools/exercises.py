@@ -1,7 +1,7 @@
 """Cut the learners' notebooks of the workshop from those with solutions: python tools/exercises.py [--check]
 
 nbs/workshop/1_tissue_solutions.ipynb gives nbs/workshop/1_tissue.ipynb, and so on. In its code cells what stands between the lines `# <solution>` and
-`# </solution>` becomes `...`, or `name = ...` where it ends by giving the answer a name; the outputs of these cells and of checks are dropped, title and link to the twin are those of exercises. With --check
+`# </solution>` becomes `...`, or `name = ...` where it ends by giving the answer a name; the outputs of these cells and of checks are dropped, and what is printed; title and link to the twin are those of exercises. With --check
 nothing is written: it exits with 1, and names the notebooks that differ from what would be cut.
 """
 import ast, re, sys
@@ -36,7 +36,8 @@ def cut(path):
         c.metadata = {}
         if c.cell_type != 'code': continue
         given = block.sub(emptied, c.source)
-        if given != c.source or 'check(' in c.source: c.outputs = []           # what needs an answer has no output yet
+        needs_answer = given != c.source or 'check(' in c.source
+        c.outputs = [o for o in c.outputs if not needs_answer and o.output_type != 'stream']    # what is printed is often what learners are asked to guess
         c.execution_count, c.source = None, given
         if 'solution>' in c.source: raise ValueError(f'{path.name}: a solution does not begin or end:\n{c.source}')
     nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
