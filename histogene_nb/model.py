@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from .sections import InputError, section_name, whole_file
 from .patches import extract_patches, flatten_patches
-from .position import grid_positions, pixel_positions
+from .position import pixel_positions, spot_positions
 from .attention import MultiHeadAttention, attention_weights
 
 # %% ../nbs/library/06_model.ipynb #dbe9d5d0
@@ -109,7 +109,7 @@ class HisToGene(nn.Module):
     )->tuple: # patches uint8 (n, 3, patch_size, patch_size), positions long (n, 2)
         "What the model sees of a section, at its spots or anywhere"
         patches, n_pos = extract_patches(section, self.config['patch_size'], centres, cache), self.config['n_pos']
-        if centres is None: return patches, grid_positions(section, n_pos)
+        if centres is None: return patches, spot_positions(section, self.about.get('grid'), n_pos)
         info = section.uns['spatial'][section_name(section)]
         return patches, pixel_positions(centres, info['scalefactors']['spot_diameter_fullres'], grid, n_pos, section_name(section))
 

@@ -135,7 +135,7 @@ def spot_windows(
     "Patches that show more than the spot"
     name = section_name(section)
     info = section.uns['spatial'][name]
-    wide = dict(info, scalefactors=dict(spot_diameter_fullres=window*info['scalefactors']['spot_diameter_fullres']))
+    wide = dict(info, scalefactors={**info['scalefactors'], 'spot_diameter_fullres': window*info['scalefactors']['spot_diameter_fullres']})
     centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
     return extract_patches(AnnData(np.empty((len(centres), 0), dtype=np.float32), uns=dict(spatial={name: wide}, histogene={})), size, centres, cache)
 

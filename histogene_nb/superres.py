@@ -12,10 +12,11 @@ from anndata import AnnData
 from scipy import ndimage, sparse
 from .sections import InputError, add_hires, open_image, section_name
 from .expression import SCALES
-from .patches import dense_grid, extract_patches, in_tissue, tissue_mask
-from .position import fit_grid, grid_positions, pixel_positions
+from .patches import dense_grid, in_tissue, tissue_mask
+from .position import model_grid, spot_positions
 from .model import HisToGene
-from .training import about, run_model
+from .training import about, run_model, tiles
+from tqdm.auto import tqdm
 
 # %% ../nbs/library/08_superres.ipynb #59103a5f
 def average_patches(
@@ -59,13 +60,19 @@ def predict_dense(
     scale:float, # mask pixels per full-resolution pixel
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
+    tile:float|None=None, # see `predict_superres`
 )->AnnData: # sub-patches x panel
     "Sub-patch expression over the tissue of an image (paper: Predicting gene expression at super-resolution)"
     name, k = section_name(section), round(max(factor, 0)**.5)
     info = section.uns['spatial'][name]
     d = info['scalefactors']['spot_diameter_fullres']
     centres, place = dense_grid(mask, scale, d, factor)
-    X = run_model(model, *model.inputs(section, centres, grid, cache), device)
+    at, X = np.rint(np.c_[centres/d, np.ones(len(centres))] @ grid), np.empty((len(centres), len(about(model, 'genes'))), dtype=np.float32)
+    n_pos = model.config.get('n_pos', np.inf)
+    own = tile is not None and (at.min() < -1 or at.max() > n_pos)                 # more positions than the model has: those of a tile begin at its corner
+    for seen,kept in tqdm(list(tiles(centres/d, tile)), desc='prediction', unit='tile', disable=tile is None):
+        here = np.r_[grid[:2], grid[2:] - at[seen].min(0)*own]
+        X[seen[kept]] = run_model(model, *model.inputs(section, centres[seen], here, cache), device)[kept]
     step, corner = d/k, centres[0] - d/2 - place[0]*d/k
     cells, X, cover = average_patches(X, place, k)
     centres = corner + (cells + .5)*step
@@ -89,11 +96,13 @@ def predict_superres(
     factor:int=4, # 4, 9 or 25 times the resolution of a patch
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
+    tile:float|None=None, # side of the tiles to predict one after the other, in spot diameters; unless given all patches are one sequence
 )->AnnData: # sub-patches x panel, each the mean over the patches that cover it
     "Super-resolved expression of a section (paper: Predicting gene expression at super-resolution)"
-    if 'n_pos' in model.config: grid_positions(section, model.config['n_pos'])    # spots beyond the array are an error; tissue past them is not
+    trained = model.about.get('grid')
+    if 'n_pos' in model.config: spot_positions(section, trained, model.config['n_pos'])    # spots beyond the array are an error; tissue past them is not
     mask, scale = section_mask(section)
-    return predict_dense(model, section, factor, fit_grid(section), mask, scale, device, cache)
+    return predict_dense(model, section, factor, model_grid(section, trained), mask, scale, device, cache, tile)
 
 # %% ../nbs/library/08_superres.ipynb #cb0b0687
 def recover_spots(
@@ -130,6 +139,7 @@ def predict_image(
     factor:int=1, # 1: patches side by side; 4, 9, 25: super-resolution
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
+    tile:float|None=None, # see `predict_superres`
 )->AnnData: # patches or sub-patches x panel, over the tissue
     "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
     path = Path(path)
@@ -141,4 +151,4 @@ def predict_image(
                                         'metadata': {'source_image_path': str(path), 'image_width': width, 'image_height': height}}}
     image.uns['histogene'] = {'section': path.stem, 'source': 'image alone'}
     mask, scale = section_mask(image)
-    return predict_dense(model, image, factor, np.asarray(about(model, 'grid')), mask, scale, device, cache)
+    return predict_dense(model, image, factor, np.asarray(about(model, 'grid')), mask, scale, device, cache, tile)

@@ -16,7 +16,7 @@ from anndata import AnnData
 from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .sections import InputError, section_name, whole_file
-from .patches import _cache_file
+from .patches import cache_file
 from .expression import normalize
 from .model import Block
 from .position import fit_grid
@@ -62,7 +62,7 @@ def _numbers_file(cache, textures, section, centres, windows, size, views):
     "Named by the image's content, the places, and all that the numbers depend on"
     info = section.uns['spatial'][section_name(section)]
     weights = hashlib.blake2b(b''.join(w.detach().cpu().numpy().tobytes() for w in textures.state_dict().values()), digest_size=16).hexdigest()
-    return _cache_file(cache, info['metadata']['source_image_path'], 1000*centres, size, f"textures v1 {tuple(windows)} {views} {info['scalefactors']['spot_diameter_fullres']} {weights}")
+    return cache_file(cache, section, 1000*centres, size, f"textures v1 {tuple(windows)} {views} {info['scalefactors']['spot_diameter_fullres']} {weights}")
 
 def _read_numbers(file, shape):
     "The numbers in `file`, or None where there are none of this shape"

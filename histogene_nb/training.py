@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_example', 'default_device', 'turn_patches', 'processes', 'add_up', 'one_pass', 'kept_memory', 'fit',
-           'plot_losses', 'train', 'about', 'run_model', 'predicted_section', 'predict']
+           'plot_losses', 'train', 'about', 'run_model', 'tiles', 'predicted_section', 'predict']
 
 # %% ../nbs/library/07_training.ipynb #35e15c7c
 import atexit, ctypes, hashlib, json, os, sys
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .sections import InputError, section_name
 from .patches import extract_patches
 from .expression import SCALES, normalize
-from .position import fit_grid, grid_positions
+from .position import another_array, fit_grid, grid_positions
 from .model import HisToGene, read_tensors, save_tensors
 
 # %% ../nbs/library/07_training.ipynb #d6bc3994
@@ -228,6 +228,9 @@ def train(
     names = [section_name(s) for s in sections]
     for n in names:
         if names.count(n) > 1: raise InputError(f'Section {n} is among the training sections {names.count(n)} times. Give each once, or each a name of its own.')
+    for n,s in zip(names, sections):
+        if another_array(s, fit_grid(sections[0])):
+            raise InputError(f'Sections {names[0]} and {n} are on different kinds of arrays, where an index is another distance. Train on one kind; the model predicts the other too.')
     with torch.random.fork_rng():
         torch.manual_seed(seed % 2**64)
         model = HisToGene(n_genes=len(panel), **options)
@@ -267,6 +270,20 @@ def run_model(
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
         return model(patches.to(device), positions.to(device)).float().cpu().numpy()
 
+# %% ../nbs/library/07_training.ipynb #7d11e502
+def tiles(
+    xy:np.ndarray, # (n, 2) places, in spot diameters
+    side:float|None=None, # of a tile, in spot diameters; None: all places are one tile
+): # yields for each tile the numbers of the places to see, and which of these to keep (bool)
+    "Square tiles that share out all places, each seen with a rim of a quarter of its side"
+    if side is not None and not 0 < side < np.inf: raise InputError(f'A tile is some spot diameters wide, more than 0, not {side}.')
+    if side is None: yield np.arange(len(xy)), np.ones(len(xy), dtype=bool); return
+    xy = xy - xy.min(0)
+    own = np.floor(xy/side)
+    for corner in np.unique(own, axis=0):
+        seen = np.flatnonzero(((xy >= (corner - .25)*side) & (xy < (corner + 1.25)*side)).all(1))
+        yield seen, (own[seen] == corner).all(1)
+
 # %% ../nbs/library/07_training.ipynb #58027990
 def predicted_section(
     model:torch.nn.Module, # with its `about`
@@ -286,7 +303,11 @@ def predict(
     section:AnnData, # with an image; its counts are not used
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
+    tile:float|None=None, # side of the tiles to predict one after the other, in spot diameters; unless given all spots are one sequence
 )->AnnData: # spots x panel; X float32 on the training scale
     "Predict the expression of a section's spots from its image"
-    about(model, 'genes')
-    return predicted_section(model, section, run_model(model, *model.inputs(section, cache=cache), device), model.name)
+    X, d = np.empty((len(section), len(about(model, 'genes'))), dtype=np.float32), section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
+    for seen,kept in tiles(section.obsm['spatial']/d, tile):
+        part = AnnData(obs=section.obs.iloc[seen], obsm={'spatial': section.obsm['spatial'][seen]}, uns=dict(section.uns))
+        X[seen[kept]] = run_model(model, *model.inputs(part, cache=cache), device)[kept]
+    return predicted_section(model, section, X, model.name)

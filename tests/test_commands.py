@@ -10,7 +10,7 @@ from histogene_nb.readers import read_section
 from histogene_nb.sections import InputError, section_name, write_her2st
 from histogene_nb.tissue import synthetic_section
 
-NAMES = ['histogene_demo', 'histogene_download', 'histogene_predict', 'histogene_train']
+NAMES = ['histogene_demo', 'histogene_download', 'histogene_plot', 'histogene_predict', 'histogene_train']
 TINY = '--dim 16 --depth 1 --heads 2 --lr 1e-3 --epochs 2 --n-top 40 --min-spots 5'.split()
 
 def command(name):
@@ -83,7 +83,8 @@ def section_image(file):
 
 def test_help():
     options = dict(histogene_demo='--out --epochs --seed --device', histogene_download='sections --root --no-images',
-                   histogene_predict='model section --image --spot --superres --out --root --device --cache',
+                   histogene_plot='predictions --genes --section --out --root',
+                   histogene_predict='model section --image --spot --superres --out --root --device --cache --tile',
                    histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --batch --array --cache')
     *helped, unknown, nothing = run_all(*([n, '--help'] for n in NAMES), ['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train'])
     for p in (unknown, nothing): assert p.returncode == 2 and p.err.startswith('usage:') and 'Traceback' not in p.err

@@ -17,7 +17,7 @@ from histogene_nb.sections import data_folder, new_section, read_her2st, release
 from histogene_nb.expression import read_panel
 from histogene_nb.model import HisToGene
 from histogene_nb.position import fit_grid, pixel_positions
-from histogene_nb.patches import _cache_file, dense_grid, extract_patches
+from histogene_nb.patches import cache_file, dense_grid, extract_patches
 from histogene_nb.superres import predict_superres, section_mask
 from histogene_nb.training import fit, one_pass, run_model, training_example
 import histogene_nb
@@ -154,12 +154,35 @@ def superres_ours():
     seconds, rate, work = time.perf_counter() - start, matmul_rate(), flops([len(patches)], model, training=False)/1e9
     return dict(seconds=seconds, peak_GB=peak(), patches=len(patches), GFLOP=work, matmul_GFLOPs=rate, share_of_matmul_rate=work/seconds/rate, seconds_at_matmul_rate=work/rate)
 
-def superres_25x():
-    section, model = read_her2st(data_folder(), 'C3', verbose=False), HisToGene().eval()
-    section_mask(section)
+def superres_25x(name='B4', tile=None):
+    "The whole way at 25x on B4, the real section with most tissue: cutting patches, one sequence through the model, averaging"
+    section, model = read_her2st(data_folder(), name, verbose=False), HisToGene().eval()
+    mask, scale = section_mask(section)
     model.about = dict(genes=the_panel(), normalization='paper')
-    start = time.perf_counter(); dense = predict_superres(model, section, 25, 'cpu')
-    return dict(section='C3', seconds=time.perf_counter() - start, peak_GB=peak(), sub_patches=len(dense))
+    n = len(dense_grid(mask, scale, 112, 25)[0])
+    start, busy = time.perf_counter(), time.process_time()
+    dense = predict_superres(model, section, 25, 'cpu', tile=tile)
+    return dict(section=name, patches=n, sub_patches=len(dense), tile=tile, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak())
+
+def superres_25x_tiles(): return superres_25x(tile=12)
+
+@torch.no_grad()
+def long(n, make, flat=False):
+    "A sequence of n random patches through a full-size model: seconds, seconds of all cores together, and the memory on top of the patches"
+    torch.manual_seed(0)
+    patches, positions, model = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8), torch.randint(64, (n, 2)), make().eval()
+    base, start, busy = memory(), time.perf_counter(), time.process_time()
+    if flat: model(patches.flatten(1).float()[None], positions[None])
+    else: run_model(model, patches, positions, 'cpu')
+    return dict(patches=n, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak(), above_patches_GB=peak() - base)
+
+def long_plain_2000(): return long(2000, lambda: Plain(785), flat=True)
+def long_plain_4000(): return long(4000, lambda: Plain(785), flat=True)
+def long_plain_8000(): return long(8000, lambda: Plain(785), flat=True)
+def long_ours_2000(): return long(2000, HisToGene)
+def long_ours_4000(): return long(4000, HisToGene)
+def long_ours_8000(): return long(8000, HisToGene)
+def long_ours_100000(): return long(100_000, HisToGene)
 
 def many_sections(n, spots=350, genes=785):
     "Sections of the HER2+ data's size, each under a file that says it is an image of full size, which nobody needs to decode: their patches are in the cache (`warm_many`)"
@@ -172,7 +195,7 @@ def warm_many(n):
     Image.new('RGB', (9500, 9500), 'white').save(plain := Path(cache)/'plain.jpg')
     for i in range(n): (Path(cache)/f'S{i+1}.jpg').write_bytes(plain.read_bytes() + rng.bytes(4_000_000 - plain.stat().st_size))
     for i,section in enumerate(many_sections(n)):
-        np.save(_cache_file(cache, Path(cache)/f'S{i+1}.jpg', section.obsm['spatial'], 112, 112), rng.integers(256, size=(len(section), 3, 112, 112), dtype=np.uint8))
+        np.save(cache_file(cache, section, section.obsm['spatial'], 112, 112), rng.integers(256, size=(len(section), 3, 112, 112), dtype=np.uint8))
 
 @contextmanager
 def watched(every=.01):
@@ -217,7 +240,7 @@ def stream_4(): return stream(4)
 def stream_32(): return stream(32)
 def stream_32_in_memory(): return stream(32, copied)
 
-STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x',), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
+STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x', 'superres_25x_tiles'), long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_100000'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
 
 def measure(step):
     out = subprocess.run([sys.executable, __file__, '--step', step], capture_output=True, text=True)
@@ -238,7 +261,7 @@ def main(steps):
     for step in steps:
         parts = STEPS[step]
         result[step] = {'command': f'python tools/benchmark.py {step}', **made_by, **({s: found[s] for s in parts} if len(parts) > 1 else found[parts[0]])}
-        if len(parts) == 2: result[step]['ours over plain'] = {k: found[parts[1]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB', 'above_imports_GB') if k in found[parts[0]]}
+        if step in ('load', 'superres'): result[step]['ours over plain'] = {k: found[parts[1]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB', 'above_imports_GB') if k in found[parts[0]]}
     RESULT.write_text(json.dumps(result, indent=1, default=float) + '\n')
     print(json.dumps({s: result[s] for s in steps}, indent=1, default=float))
 
