@@ -14,7 +14,7 @@ setup(
     author=about['author'], author_email=about['author_email'], url=about['git_url'], license='Apache-2.0',
     keywords=about['keywords'].split(), python_requires=f">={about['min_python']}",
     packages=find_namespace_packages(include=['histogene_nb', 'histogene_nb.*'], exclude=['*.__pycache__']), include_package_data=True,
-    install_requires=about['requirements'].split(), extras_require={'dev': about['dev_requirements'].split(), 'ray': about['ray_requirements'].split()},
+    install_requires=about['requirements'].split(), extras_require={k: about[f'{k}_requirements'].split() for k in ('dev', 'ray', 'spatialdata', 'parquet')},
     entry_points={'console_scripts': about['console_scripts'].split(),
                   'nbdev': [f"{about['lib_name']}={about['lib_name']}._modidx:d"]},
     zip_safe=False)

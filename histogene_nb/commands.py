@@ -117,7 +117,7 @@ def histogene_train(
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
     command = _command('histogene_train', sections)
     settings = dict(epochs=epochs, lr=lr, seed=seed, augment=augment, batch=batch)
-    if (out/'config.json').exists():
+    if (out/'config.json').exists() and (model == 'texture' or not (out/'training.safetensors').exists()):     # with both, a training was killed at its very end, and goes on to that
         raise InputError(f'{out}: there is a trained model already, and it is left as it is. Choose another folder with --out, or delete this one.')
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f'{out}: this folder cannot be made ({e.strerror}). Choose another with --out.') from e

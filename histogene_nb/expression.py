@@ -30,12 +30,15 @@ def variable_genes(
     "The section's most variable genes: scanpy's default flavour on ln(CPM + 1)"
     import scanpy as sc                                                               # a second and 0.1 GB, which only this function needs
     if not (isinstance(n_top, (int, np.integer)) and n_top >= 1): raise InputError(f'How many variable genes to take (n_top) is a whole number from 1, not {n_top}.')
-    if not section.X.sum(): raise InputError(f'{next(iter(section.uns.get("spatial", {})), "This section")}: there is no count above 0, so no gene is variable. Leave the section out.')
+    name = next(iter(section.uns.get('spatial', {})), 'This section')
+    if not section.X.sum(): raise InputError(f'{name}: there is no count above 0, so no gene is variable. Leave the section out.')
     logged, threads = AnnData(section.X.astype(np.float32), var=section.var[[]].copy()), torch.get_num_threads()
     sc.pp.normalize_total(logged, target_sum=1e6)
     torch.set_num_threads(threads)                                                    # numba, which scanpy computes with, sets OpenMP's number for torch too
     sc.pp.log1p(logged)
-    return list(section.var_names[sc.pp.highly_variable_genes(logged, n_top_genes=min(n_top, section.n_vars), inplace=False).highly_variable])
+    try: found = sc.pp.highly_variable_genes(logged, n_top_genes=min(n_top, section.n_vars), inplace=False)
+    except IndexError as e: raise InputError(f'{name}: no gene varies from spot to spot, so none is variable. Leave the section out.') from e
+    return list(section.var_names[found.highly_variable])
 
 # %% ../nbs/library/03_expression.ipynb #35352ef3
 def select_panel(

@@ -6,7 +6,7 @@
 __all__ = ['halve_counts', 'noise_ceiling', 'neighbour_graph', 'morans_i', 'gene_measures']
 
 # %% ../nbs/library/14_measures.ipynb #e9d2239c
-import anndata as ad, numpy as np, pandas as pd, scanpy as sc
+import anndata as ad, numpy as np, pandas as pd, scanpy as sc, torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 from . import evaluation as ev
@@ -68,8 +68,9 @@ def morans_i(
     "Moran's I of each gene: how alike neighbouring spots are"
     if len(section) < 3: return pd.Series(np.nan, index=section.var_names, name='moran')
     X = section.X.toarray() if sparse.issparse(section.X) else np.asarray(section.X)
-    I, varies = np.full(X.shape[1], np.nan), np.ptp(X, axis=0) > 0
+    I, varies, threads = np.full(X.shape[1], np.nan), np.ptp(X, axis=0) > 0, torch.get_num_threads()
     if varies.any(): I[varies] = sc.metrics.morans_i(neighbour_graph(section) if graph is None else graph, X[:, varies].T.astype(np.float64))
+    torch.set_num_threads(threads)                                                    # see `variable_genes`: scanpy's numba changes it, and the next fold would be computed otherwise
     return pd.Series(I, index=section.var_names, name='moran')
 
 # %% ../nbs/library/14_measures.ipynb #760c5bd8

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'Block', 'HisToGene', 'attention_maps', 'save_tensors', 'rea
            'load_released']
 
 # %% ../nbs/library/06_model.ipynb #1999a02a
-import hashlib, json
+import hashlib, json, os, shutil
 from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
@@ -156,8 +156,13 @@ def save_tensors(
     "Save tensors completely or not at all, with a checksum"
     tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
     with whole_file(path) as part:
-        try: save_file(tensors, part, {**metadata, 'checksum': _checksum(tensors)})
+        aside = Path(f'{part}.folder')                                         # safetensors has a hidden file of its own, of a random name, beside the one it writes
+        try:
+            aside.mkdir(exist_ok=True)
+            save_file(tensors, aside/'new', {**metadata, 'checksum': _checksum(tensors)})
+            os.replace(aside/'new', part)
         except SafetensorError as e: raise OSError(str(e)) from e
+        finally: shutil.rmtree(aside, ignore_errors=True)
 
 def _checksum(tensors):
     h = hashlib.blake2b(digest_size=16)
@@ -194,6 +199,11 @@ def _class(kind):
     module, name = KINDS[kind].split('.')
     return getattr(import_module(f'histogene_nb.{module}'), name)
 
+def _identity(config):
+    "What of a description the weights depend on"
+    config = json.loads(config)
+    return {**config, 'about': {k: config['about'].get(k) for k in ('genes', 'normalization')}}
+
 def from_pretrained(
     folder:str|Path, # as `save_pretrained` left it
 )->nn.Module: # a HisToGene or another of `KINDS`, in evaluation mode, on the CPU
@@ -203,15 +213,18 @@ def from_pretrained(
     for f in (config, file):
         if not f.is_file(): raise InputError(f'{f}: there is no such file, so {folder} is no saved model. Give the folder that histogene_train wrote.')
     try:
-        config = json.loads(config.read_text(encoding='utf-8'))
-        about, (weights, _) = config.pop('about'), read_tensors(file)
+        text = config.read_text(encoding='utf-8')
+        config = json.loads(text)
+        about, (weights, metadata) = config.pop('about'), read_tensors(file)
         if 'genes' in about and len(set(about['genes'])) != config['n_genes']:
             raise ValueError(f"config.json names {len(set(about['genes']))} genes for {config['n_genes']} outputs")
         if 'grid' in about and np.shape(about['grid']) != (3, 2): raise ValueError(f"config.json has a grid of shape {np.shape(about['grid'])}, not (3, 2)")
         model = _class(config.pop('kind', 'HisToGene'))(**config)
+        together = _identity(metadata.get('config', text)) == _identity(text)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise InputError(f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
     _load(model, weights, folder)
+    if not together: raise InputError(f'{folder}: config.json and model.safetensors are of two models, as a saving leaves them that is killed between the two. Copy both again, or train it again.')
     model.about = about
     return model.eval()
 

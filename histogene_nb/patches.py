@@ -170,7 +170,7 @@ def in_tissue(
     scale:float, # mask pixels per full-resolution pixel
 )->np.ndarray: # bool (n,)
     "Which points lie on tissue"
-    x, y = np.floor(np.asarray(centres).T*scale).astype(int)
+    x, y = np.floor(np.asarray(centres).T*scale + 1e-9).astype(int)            # what lies on the edge of a pixel belongs to it, however it was rounded
     inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
     return inside & mask[y.clip(0, mask.shape[0]-1), x.clip(0, mask.shape[1]-1)]
 
@@ -188,9 +188,10 @@ def dense_grid(
     if not mask.any(): raise InputError('There is no tissue in this image. Look at tissue_mask of its thumbnail.')
     step = diameter/k
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    origin = np.array([cols[0], rows[0]])/scale - diameter/2
-    n = np.ceil((np.array([cols[-1]+1, rows[-1]+1])/scale - origin)/step).astype(int)
+    first = np.array([cols[0], rows[0]])/scale
+    n = np.ceil((np.array([cols[-1]+1, rows[-1]+1])/scale - first + diameter/2)/step).astype(int)
     place = np.stack(np.meshgrid(np.arange(n[0]), np.arange(n[1])), -1).reshape(-1, 2)
-    centres = origin + place*step + diameter/2
+    centres = first + place*step
     keep = in_tissue(centres, mask, scale)
+    if not keep.any(): raise InputError(f'No patch of {diameter:g} pixels side by side has its centre on the tissue: all of it is smaller than a patch. Give a smaller diameter, or a higher resolution.')
     return centres[keep], place[keep]

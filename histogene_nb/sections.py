@@ -50,7 +50,7 @@ def whole_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in _left_behind(path):
-            with suppress(OSError): left.unlink()                             # one of another user's may have to stay
+            with suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()   # one of another user's may have to stay
         yield part
         os.replace(part, path)
     except OSError as e:
