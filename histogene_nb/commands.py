@@ -17,7 +17,7 @@ from fastcore.script import call_parse
 from typing import Annotated
 import histogene_nb
 from . import evaluation as ev
-from .sections import InputError, add_hires, download_her2st, released_sections, section_name, whole_file
+from .sections import InputError, add_hires, download_her2st, image_mpp, released_sections, section_name, whole_file
 from .cscc import cscc_catalogue, cscc_folder, download_cscc
 from .readers import read_section, reading
 from .tissue import GENES, synthetic_section
@@ -144,6 +144,7 @@ def histogene_predict(
     section:_words('A section: a name such as C3, or an .h5ad file', opt=False, nargs='?')=None, # a name or file
     image:str=None, # Instead of a section: an H&E image alone
     spot_diameter:float=None, # Width of a spot in pixels of that image
+    spot_um:float=None, # Or in micrometres, where the image's file states its resolution
     superres:int=1, # 1, or 4, 9, 25 times the resolution
     out:str='predicted.h5ad', # The .h5ad file to write
     root:str=None, # Folder of the HER2+ data
@@ -154,11 +155,14 @@ def histogene_predict(
     "Predict a section's or an image's expression and write it as .h5ad"
     start, command = time.perf_counter(), _command('histogene_predict', model, section or image)
     if (section is None) == (image is None): raise InputError('Give either a section or --image FILE.')
-    if image is not None and spot_diameter is None: raise InputError('An image alone needs --spot-diameter: how many of its pixels are as wide as a spot.')
+    if image is not None and (spot_diameter is None) == (spot_um is None): raise InputError('An image alone needs --spot-diameter, how many of its pixels are as wide as a spot, or --spot-um, how many micrometres that is. Give one of them.')
     if not str(out).endswith('.h5ad'): raise InputError(f'--out names an .h5ad file, not {out}.')
     if section is not None and Path(out).resolve() == Path(section).resolve(): raise InputError(f'{out}: this is the section itself. Give the prediction another name with --out.')
     net, results = from_pretrained(model), {}
-    if image is not None: predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile)
+    if image is not None:
+        predicted, mpp = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um), image_mpp(image)
+        d = predicted.uns['histogene']['patch_diameter']
+        print(f'1 spot = {d:g} pixels' + (f' = {d*mpp:g} micrometres' if mpp else ''))
     else:
         measured = read_section(section, root=root)
         if another_array(measured, trained := net.about.get('grid')):
@@ -175,7 +179,7 @@ def histogene_predict(
             with whole_file(Path(out).with_suffix('.csv')) as part: correlations.round(6).to_csv(part)
     if not predicted.uns['spatial'][section_name(predicted)]['images']: add_hires(predicted)         # scanpy's pl.spatial wants one
     predicted.uns['histogene']['command'] = command
-    more = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'), section=section or image, superres=superres)
+    more = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'), section=str(section or image), superres=superres)
     text = json.dumps({**provenance(command, start, device), **more, 'results': results}, indent=1)
     with whole_file(Path(out).with_suffix('.json')) as part:
         part.write_text(text, encoding='utf-8')

@@ -75,6 +75,7 @@ def cache_file(
     if path := info['metadata'].get('source_image_path'):
         with open(path, 'rb') as f:
             while chunk := f.read(1 << 24): key.update(chunk)
+        with open_image(path) as image: key.update(getattr(image, 'key', '').encode())         # a slide may be in more files than this one
     else: key.update(np.ascontiguousarray(info['images']['hires']))
     key.update(np.ascontiguousarray(np.floor(centres), dtype=np.int64).tobytes())
     key.update(f'patches v1 {size} {how}'.encode())

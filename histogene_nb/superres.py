@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np, torch
 from anndata import AnnData
 from scipy import ndimage, sparse
-from .sections import InputError, add_hires, open_image, section_name
+from .sections import InputError, add_hires, image_mpp, open_image, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
 from .position import model_grid, spot_positions
@@ -135,14 +135,20 @@ def recover_spots(
 def predict_image(
     model:HisToGene, # trained by `train`
     path:str|Path, # an H&E image
-    spot_diameter:float, # how many pixels of this image are as wide as a spot of training
+    spot_diameter:float|None=None, # how many pixels of this image are as wide as a spot of training
     factor:int=1, # 1: patches side by side; 4, 9, 25: super-resolution
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     tile:float|None=None, # see `predict_superres`
+    spot_um:float|None=None, # instead of `spot_diameter`: how many micrometres wide such a spot is, where the file states its resolution
 )->AnnData: # patches or sub-patches x panel, over the tissue
     "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
     path = Path(path)
+    if (spot_diameter is None) == (spot_um is None): raise InputError('Give either the spot diameter, in pixels of the image, or spot_um, in micrometres.')
+    if spot_diameter is None:
+        mpp = image_mpp(path)
+        if mpp is None: raise InputError(f'{path}: this file does not say how many micrometres wide its pixels are. Give the spot diameter in pixels (--spot-diameter).')
+        spot_diameter = spot_um/mpp
     if not spot_diameter > 0: raise InputError(f'The spot diameter is a number of pixels above 0, not {spot_diameter}.')
     with open_image(path) as im: width, height = im.size
     if spot_diameter > min(width, height): raise InputError(f'{path}: the image has {width} x {height} pixels, less than one spot of {spot_diameter:g} pixels.')

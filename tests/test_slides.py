@@ -1,10 +1,13 @@
-"Slides: images read by region, and images too large to be read: `TiledImage`, `open_image`"
-import io, os, subprocess, sys, time, zlib
-import numpy as np, pytest, tifffile
+"Slides: images read by region, and images too large to be read: `TiledImage`, `SlideImage`, `open_image`"
+import io, os, re, struct, subprocess, sys, time, zlib
+from contextlib import redirect_stdout
+import imagecodecs, numpy as np, pytest, tifffile
 from anndata import AnnData
 from PIL import Image
+from scipy import sparse
 from histogene_nb.patches import cut_patches, extract_patches
-from histogene_nb.sections import InputError, TiledImage, add_hires, open_image, small_copy
+from histogene_nb.sections import InputError, SlideImage, TiledImage, add_hires, check_counts, image_mpp, open_image, small_copy
+from histogene_nb.superres import predict_image
 from conftest import root
 
 PIXELS = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 255, (13, 18, 3), np.uint8)).resize((350, 270), Image.Resampling.BICUBIC))
@@ -202,3 +205,203 @@ net.about = dict(genes=[f'g{i}' for i in range(785)], normalization='paper', gri
 save_pretrained(net, folder)
 histogene_predict(folder, image=slide, spot_diameter=400, superres=4, out=out)""", slide=str(slide), folder=str(tmp_path/'model'), out=str(out))
     assert memory < 4 and out.is_file() and int(text.split()[0]) > 5000
+
+# Scanners' own formats, written as OpenSlide expects them
+
+def svs(path, pixels=PIXELS, factors=(2, 4), about='|AppMag = 20|MPP = 0.5', **options):
+    "An Aperio slide: the image, a thumbnail, smaller levels, a label and a photograph of the whole glass that is larger than the image"
+    aperio, (h, w) = 'Aperio Image Library v11.2.1\r\n', pixels.shape[:2]
+    plain = dict(photometric='rgb', metadata=None, software=False)
+    tiled = plain | dict(tile=(64, 64), compression='deflate') | options
+    with tifffile.TiffWriter(path) as f:
+        f.write(pixels, description=f'{aperio}{w}x{h} [0,0 {w}x{h}] (64x64) JPEG/RGB Q=90{about}', **tiled)
+        f.write(np.asarray(Image.fromarray(pixels).resize((80, 60))), description=aperio + 'thumbnail', rowsperstrip=60, compression='jpeg', **plain)
+        for k in factors: f.write(np.asarray(Image.fromarray(pixels).reduce(k)), description=f'{aperio}{w}x{h} -> {w//k}x{h//k} JPEG/RGB Q=90', **tiled)
+        f.write(np.zeros((200, 100, 3), np.uint8), description=aperio + 'label 100x200', subfiletype=1, rowsperstrip=200, compression='lzw', **plain)
+        f.write(np.zeros((400, 900, 3), np.uint8), description=aperio + 'macro 900x400', subfiletype=9, rowsperstrip=400, compression='jpeg', **plain)
+
+def ndpi(path, pixels=PIXELS[:256, :320]):
+    "A Hamamatsu slide in one file: a JPEG a level, and its own tags"
+    tags = [(65420, 4, 1, 1, True), (65421, 11, 1, 20., True), (65424, 9, 1, 0, True)]             # version, lens, focal plane
+    tifffile.imwrite(path, pixels, photometric='rgb', compression='jpeg', compressionargs=dict(level=95), rowsperstrip=len(pixels), metadata=None, software='NDP.scan', extratags=tags, resolution=(2e4, 2e4), resolutionunit='CENTIMETER')
+
+def vms(path, pixels=PIXELS[:256, :320]):
+    "A Hamamatsu slide in several files: a text that names photographs"
+    h, w = pixels.shape[:2]
+    for name,image in {path.stem: pixels, 'map': pixels[::4, ::4], 'macro': pixels[:40, :40]}.items(): Image.fromarray(image).save(path.with_name(f'{name}.jpg'), quality=95, subsampling=1, restart_marker_rows=1)
+    path.write_text(f'[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile={path.stem}.jpg\nMapFile=map.jpg\nMacroImage=macro.jpg\n'
+                    f'OptimisationFile=\nPhysicalWidth={w*500}\nPhysicalHeight={h*500}\n')
+
+def mrxs(path, pixels=PIXELS[:256, :256], missing=(), tile=64):
+    "A 3DHISTECH slide: an empty file, and in the folder beside it an index and tiles in PNG, of which some were not scanned"
+    folder, n, data, pages = path.with_suffix(''), len(pixels)//tile, b'', []
+    for z in 0, 1:
+        small, page = Image.fromarray(pixels).reduce(2**z), []
+        for row in range(0, n, 2**z):
+            for col in range(0, n, 2**z):
+                if (col, row) in missing: continue
+                png, x, y = io.BytesIO(), col//2**z*tile, row//2**z*tile
+                small.crop((x, y, x + tile, y + tile)).save(png, 'PNG')
+                page += [row*n + col, len(data), len(png.getvalue()), 0]; data += png.getvalue()
+        pages.append(page)
+    head, index, where = b'01.02' + b'x'*8, b'', []
+    for page in pages:
+        where.append(len(head) + 16 + len(index))
+        index += struct.pack(f'<iiii{len(page)}i', 0, where[-1] + 8, len(page)//4, 0, *page)
+    path.touch(); folder.mkdir()
+    (folder/'Index.dat').write_bytes(head + struct.pack('<iiii', len(head) + 8, 0, *where) + index)
+    (folder/'Data.dat').write_bytes(data)
+    levels = ''.join(f'[L{z}]\nIMAGE_CONCAT_FACTOR={z}\nOVERLAP_X=0\nOVERLAP_Y=0\nMICROMETER_PER_PIXEL_X={.5*2**z}\nMICROMETER_PER_PIXEL_Y={.5*2**z}\n'
+                     f'IMAGE_FILL_COLOR_BGR=0\nIMAGE_FORMAT=PNG\nDIGITIZER_WIDTH={tile}\nDIGITIZER_HEIGHT={tile}\n' for z in (0, 1))
+    (folder/'Slidedat.ini').write_text(f'[GENERAL]\nSLIDE_VERSION=01.02\nSLIDE_ID=xxxxxxxx\nIMAGENUMBER_X={n}\nIMAGENUMBER_Y={n}\nOBJECTIVE_MAGNIFICATION=20\n[HIERARCHICAL]\nHIER_COUNT=1\nNONHIER_COUNT=0\n'
+        'INDEXFILE=Index.dat\nHIER_0_NAME=Slide zoom level\nHIER_0_COUNT=2\nHIER_0_VAL_0_SECTION=L0\nHIER_0_VAL_1_SECTION=L1\n[DATAFILE]\nFILE_COUNT=1\nFILE_0=Data.dat\n' + levels)
+
+def ycbcr(path): svs(path, np.asarray(Image.fromarray(PIXELS).convert('YCbCr')), compression=33003, compressionargs=dict(level=0, mct=False))
+
+SCANNED = {'deflate.svs': (svs, 0), 'jpeg.svs': (lambda p: svs(p, compression='jpeg', compressionargs=dict(level=95)), 6), 'rgb.svs': (lambda p: svs(p, compression=33005), 0),
+           'ycbcr.svs': (ycbcr, 2), 'he.ndpi': (ndpi, 6), 'he.vms': (vms, 6), 'he.mrxs': (mrxs, 0)}   # and by how much a grey value differs on average, at most
+
+@pytest.mark.parametrize('name', SCANNED)
+def test_patches_of_scanners_formats_are_those_of_the_pixels(tmp_path, name):
+    write, most = SCANNED[name]
+    write(tmp_path/name)
+    kind, (w, h), (patches, padded) = opened(tmp_path/name)
+    expected, n = cut_patches(Image.fromarray(PIXELS[:h, :w]), CENTRES, 64)
+    assert kind is SlideImage and (w, h) == {'he.ndpi': (320, 256), 'he.vms': (320, 256), 'he.mrxs': (256, 256)}.get(name, (350, 270)) and padded == n
+    assert np.abs(patches.numpy().astype(int) - expected.numpy()).mean() <= most
+    with open_image(tmp_path/name) as im: small = small_copy(im, 80).astype(int)
+    assert np.abs(small - np.asarray(Image.fromarray(PIXELS[:h, :w]).resize(small.shape[1::-1], Image.Resampling.BOX))).mean() < 12     # and not the label, nor the whole glass
+    assert image_mpp(tmp_path/name) == .5
+
+def test_a_thumbnail_is_of_a_small_level(tmp_path):
+    svs(tmp_path/'he.svs')
+    with open_image(tmp_path/'he.svs') as im:
+        assert [l.size for l in im.smaller] == [(175, 135), (88, 68)]
+        im.crop = None                                                        # the full resolution is not touched
+        assert small_copy(im, 80).shape == (62, 80, 3)
+
+def test_what_was_not_scanned_is_white(tmp_path):
+    mrxs(tmp_path/'he.mrxs', missing=[(1, 0), (2, 3)])
+    with open_image(tmp_path/'he.mrxs') as im: out = np.asarray(im.crop((-10, 0, 256, 256)))
+    expected = PIXELS[:256, :256].copy()
+    expected[:64, 64:128] = expected[192:, 128:192] = 255
+    assert (out[:, 10:] == expected).all() and (out[:, :10] == 255).all()
+    tiles = [b'' if i % 3 else zlib.compress(bytes(64*64*3)) for i in range(30)]
+    tifffile.imwrite(tmp_path/'he.svs', iter(tiles), shape=(270, 350, 3), dtype='u1', photometric='rgb', tile=(64, 64), compression='deflate', metadata=None, software=False, description='Aperio Image Library v11.2.1\r\n|AppMag = 20')
+    with open_image(tmp_path/'he.svs') as im: out = np.asarray(im.crop((0, 0, 256, 64)))
+    assert (out[:, :64] == 0).all() and (out[:, 64:192] == 255).all() and (out[:, 192:] == 0).all() and image_mpp(tmp_path/'he.svs') is None
+
+def test_patches_of_two_slides_with_equal_files_are_kept_apart(tmp_path):
+    "A .mrxs is often the same empty file: what differs is in its folder"
+    for name,pixels in ('a.mrxs', PIXELS[:256, :256]), ('b.mrxs', 255 - PIXELS[:256, :256]): mrxs(tmp_path/name, pixels)
+    a, b = (extract_patches(section_of(tmp_path/f'{n}.mrxs'), 64, CENTRES, tmp_path/'cache') for n in 'ab')
+    assert len(list((tmp_path/'cache').iterdir())) == 2 and (a[0] != b[0]).any()
+
+def test_a_slide_without_its_folder(tmp_path):
+    mrxs(tmp_path/'he.mrxs')
+    (tmp_path/'he'/'Index.dat').unlink()
+    refused('he.mrxs: the image is damaged or incomplete.*Index.dat', tmp_path/'he.mrxs')
+    (tmp_path/'he').rename(tmp_path/'elsewhere')
+    refused('the folder he, which is not beside it', tmp_path/'he.mrxs')
+
+def test_a_tile_for_which_there_is_no_memory(tmp_path):
+    "OpenSlide would end the process"
+    svs(tmp_path/'he.svs', factors=())
+    with tifffile.TiffFile(tmp_path/'he.svs', mode='r+') as f:
+        for tag in 322, 323: f.pages[0].tags[tag].overwrite(2**18, dtype='I')
+    refused('262144 x 262144 = .* would have to be decoded at once', tmp_path/'he.svs')
+
+@pytest.mark.parametrize('name', ['jpeg.svs', 'ycbcr.svs', 'he.ndpi'])
+def test_damaged_slides_of_scanners(tmp_path, name):
+    "In a process of their own, which is still there at the end"
+    SCANNED[name][0](tmp_path/name)
+    _, _ = measured("""
+import warnings
+from pathlib import Path
+import numpy as np
+from histogene_nb.sections import InputError, decoding, open_image, small_copy
+warnings.simplefilter('ignore')
+path = Path(path)
+good, rng, seen = path.read_bytes(), np.random.default_rng(0), {}
+header = int.from_bytes(good[4:8], 'little')                                 # the tags of the first image
+for i in range(150):
+    data, at = bytearray(good), rng.integers(0, len(good), 4) if i % 2 else header + rng.integers(0, 250, 3)
+    for a in at[at < len(good)]: data[a] = rng.integers(256)
+    path.write_bytes(data[:rng.integers(8, len(good))] if i % 5 == 0 else data)
+    try:
+        with open_image(path) as im, decoding(path): small_copy(im, 50), im.crop((0, 0, 300, 260))
+        result = 'read'
+    except InputError as e: result = 'refused'; assert path.name in str(e)
+    seen[result] = seen.get(result, 0) + 1
+assert min(seen.get(r, 0) for r in ('read', 'refused')) > 5, seen""", path=str(tmp_path/name))
+
+@pytest.mark.filterwarnings('ignore:Truncated File Read')
+def test_a_slide_cut_short(tmp_path):
+    "In the image it is refused; in what comes after it, the image is read all the same"
+    svs(tmp_path/'he.svs', compression='jpeg')
+    good, whole = (tmp_path/'he.svs').read_bytes(), extract_patches(section_of(tmp_path/'he.svs'), 64, CENTRES)
+    with tifffile.TiffFile(tmp_path/'he.svs') as f: end = f.pages[1].offset
+    for n in 100, end//2, end - 500:
+        (tmp_path/'he.svs').write_bytes(good[:n])
+        with pytest.raises(InputError, match='he.svs'): extract_patches(section_of(tmp_path/'he.svs'), 64, CENTRES)
+    (tmp_path/'he.svs').write_bytes(good[:-300])
+    assert (extract_patches(section_of(tmp_path/'he.svs'), 64, CENTRES) == whole).all()
+
+@pytest.mark.parametrize('options,mpp', [(dict(resolution=(2e4, 2e4), resolutionunit='CENTIMETER'), .5), (dict(resolution=(300, 300), resolutionunit='INCH'), None), (dict(resolution=(0, 0), resolutionunit='CENTIMETER'), None),
+    (dict(ome=True, metadata=dict(PhysicalSizeX=.25)), .25), (dict(ome=True, metadata=dict(PhysicalSizeX=250, PhysicalSizeXUnit='nm')), .25), (dict(ome=True, metadata=dict(PhysicalSizeX=1, PhysicalSizeXUnit='pixel')), None),
+    (dict(ome=True), None), (dict(ome=True, metadata=dict(PhysicalSizeX=-1)), None)], ids=str)
+def test_micrometres_of_a_pixel(tmp_path, options, mpp):
+    tifffile.imwrite(tmp_path/'he.tif', PIXELS, photometric='rgb', tile=(64, 64), **options)
+    assert image_mpp(tmp_path/'he.tif') == mpp
+
+def test_micrometres_of_a_spot(tmp_path):
+    from histogene_nb.commands import histogene_predict
+    from histogene_nb.model import HisToGene, save_pretrained
+    rng = np.random.default_rng(0)
+    pixels = np.full((1000, 1200, 3), 244, np.uint8)
+    pixels[300:700, 300:900] = rng.integers(0, 255, (400, 600, 3))
+    svs(tmp_path/'he.svs', pixels); svs(tmp_path/'mute.svs', pixels, about='')
+    net = HisToGene(n_genes=3, dim=16, depth=1, heads=2)
+    net.about = dict(genes=['a', 'b', 'c'], normalization='paper', grid=[[.4, 0.], [0., .4], [0., 0.]])
+    net.eval()
+    a, b = predict_image(net, tmp_path/'he.svs', 110), predict_image(net, tmp_path/'he.svs', spot_um=55)
+    assert len(a) > 10 and (a.X == b.X).all() and (a.obsm['spatial'] == b.obsm['spatial']).all()
+    with pytest.raises(InputError, match='mute.svs.*--spot-diameter'): predict_image(net, tmp_path/'mute.svs', spot_um=55)
+    for wrong in {}, dict(spot_um=55, spot_diameter=110):
+        with pytest.raises(InputError, match='Give either'): predict_image(net, tmp_path/'he.svs', **wrong)
+    for um in -1, 0, np.nan:
+        with pytest.raises(InputError, match='above 0'): predict_image(net, tmp_path/'he.svs', spot_um=um)
+    save_pretrained(net, tmp_path/'model')
+    out = io.StringIO()
+    with redirect_stdout(out): histogene_predict(tmp_path/'model', image=tmp_path/'he.svs', spot_um=55, out=tmp_path/'p.h5ad')
+    assert '1 spot = 110 pixels = 55 micrometres' in out.getvalue() and (tmp_path/'p.h5ad').is_file()
+
+def test_a_sparse_matrix_that_points_outside_itself(tmp_path):
+    section = AnnData(sparse.csr_matrix(np.eye(4, dtype=np.float32)))
+    check_counts(section)
+    section.X.indices[2] = 9
+    with pytest.raises(InputError, match='sparse matrix of counts is damaged'): check_counts(section)
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is measured as Linux counts it')
+def test_an_aperio_slide_of_40_000_pixels(tmp_path):
+    "Mask and patches"
+    slide, size, tile = tmp_path/'slide.svs', 40_000, 256
+    noise = np.random.default_rng(0).integers(90, 230, (tile, tile, 3), np.uint8)
+    glass, tissue = (imagecodecs.jpeg8_encode(a, level=75, colorspace='RGB', outcolorspace='RGB') for a in (np.full_like(noise, 244), noise))
+    with tifffile.TiffWriter(slide, bigtiff=True) as f:
+        for k in 1, 4, 16:
+            side = size//k
+            tiles = (tissue if .3 < x/side < .7 and .4 < y/side < .8 else glass for y in range(0, side, tile) for x in range(0, side, tile))
+            f.write(tiles, shape=(side, side, 3), dtype='u1', tile=(tile, tile), photometric='rgb', compression='jpeg', metadata=None, software=False,
+                    description=f'Aperio Image Library v11.2.1\r\n{size}x{size} JPEG/RGB Q=75|AppMag = 20|MPP = 0.5')
+    (text,), memory = measured("""
+from histogene_nb.sections import open_image, small_copy
+from histogene_nb.patches import cut_patches, dense_grid, tissue_mask
+with open_image(slide) as im:
+    thumbnail = small_copy(im)
+    mask = tissue_mask(thumbnail)
+    centres, _ = dense_grid(mask, thumbnail.shape[1]/im.width, 400, 1)
+    patches, _ = cut_patches(im, centres[::4], 112, 400)
+print(type(im).__name__, im.size, f'{mask.mean():.2f}', len(centres))""", slide=str(slide))
+    kind, share, n = re.fullmatch(r'(\w+) \(40000, 40000\) (\S+) (\d+)', text).groups()
+    assert kind == 'SlideImage' and .14 < float(share) < .2 and int(n) > 1500 and memory < 1.5
