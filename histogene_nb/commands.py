@@ -81,7 +81,7 @@ def histogene_download(
 @call_parse
 @_shell
 def histogene_train(
-    sections:_words('Sections to train on: names such as B4 C2, or paths of .h5ad files, Visium folders, folders of tables', nargs='+'), # names such as B4 C2, or paths for `read_section`
+    sections:_words('Sections to train on: names such as B4 C2, or paths of .h5ad files, Visium folders, SpatialData stores, folders of tables', nargs='+'), # names such as B4 C2, or paths for `read_section`
     out:str='model', # Folder for the model; an interrupted training there is continued
     model:str='HisToGene', # HisToGene; or texture, which chooses its settings itself and trains in a minute or two
     root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or where histogene_download puts it)
@@ -141,7 +141,7 @@ def histogene_train(
 @_shell
 def histogene_predict(
     model:str, # Folder of the model, from histogene_train
-    section:_words('A section: a name such as C3, or an .h5ad file', opt=False, nargs='?')=None, # a name or file
+    section:_words('A section: a name such as C3, or a path as for histogene_train', opt=False, nargs='?')=None, # a name or path
     image:str=None, # Instead of a section: an H&E image alone
     spot_diameter:float=None, # Width of a spot in pixels of that image
     spot_um:float=None, # Or in micrometres, where the image's file states its resolution
@@ -157,7 +157,7 @@ def histogene_predict(
     if (section is None) == (image is None): raise InputError('Give either a section or --image FILE.')
     if image is not None and (spot_diameter is None) == (spot_um is None): raise InputError('An image alone needs --spot-diameter, how many of its pixels are as wide as a spot, or --spot-um, how many micrometres that is. Give one of them.')
     if not str(out).endswith('.h5ad'): raise InputError(f'--out names an .h5ad file, not {out}.')
-    if section is not None and Path(out).resolve() == Path(section).resolve(): raise InputError(f'{out}: this is the section itself. Give the prediction another name with --out.')
+    if section is not None and os.path.realpath(out) == os.path.realpath(section): raise InputError(f'{out}: this is the section itself. Give the prediction another name with --out.')
     net, results = from_pretrained(model), {}
     if image is not None:
         predicted, mpp = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um), image_mpp(image)
@@ -308,7 +308,11 @@ def reader(
         return read, pd.DataFrame(dict(patient=SYNTHETIC))
     if list(sections or ()) == ['cscc']: sections = list(cscc_catalogue().index)
     read = partial(read_section, root=root, verbose=False)
-    names = {section_name(s): (given, s.uns['histogene'].get('patient', section_name(s))) for given in sections or released_sections() for s in [read(given)]}
+    names = {}
+    for given in sections or released_sections():
+        s = read(given)
+        if section_name(s) in names: raise InputError(f'{given} and {names[section_name(s)][0]} are both called {section_name(s)}. Give each a name of its own: rename the folder, or the key in uns of the .h5ad file.')
+        names[section_name(s)] = given, s.uns['histogene'].get('patient', section_name(s))
     return (lambda name: read(names[name][0])), pd.DataFrame(dict(patient={k: p for k,(_,p) in names.items()}))
 
 def measured_rates(

@@ -22,6 +22,7 @@ from .measures import gene_measures, morans_i, noise_ceiling
 from .model import attention_maps
 from .patches import extract_patches
 from .position import grid_positions
+from .readers import reading
 from .stnet import load_lite0, predict_stnet, train_stnet
 from .superres import predict_superres, recover_spots
 from .texture import Textures, colour_numbers, ridge_baseline, texture_numbers, train_texture
@@ -178,6 +179,50 @@ def write_h5ad(
     with whole_file(path) as part: part.write_bytes(made.getbuffer())
     return Path(path)
 
+# %% ../nbs/library/11_crossval.ipynb #7c1f03a3
+_FOLD = dict(method=str, seed=int, training=list, test=list, n_training_spots=int, normalization=str, n_genes=int, genes=list, resumed=bool, mean_r=list, seconds=(int, float))
+_RUN = dict(sections=dict, panel=(list, dict, type(None)), normalization=str, methods=dict)
+
+def _kept(file, kinds, hint):
+    "A JSON file of a run, once it has all that is used of it"
+    with reading(file, 'a part of a run', hint):
+        found = json.loads(file.read_text(encoding='utf-8'))
+        for k,kind in kinds.items():
+            if not isinstance(found[k], kind): raise ValueError(f'{k} is {found[k]!r}')
+    return found
+
+def _begun(file): return _kept(file, _RUN, 'Choose another folder, or delete this one.')
+
+def _again(folder): return f'Delete the folder {folder.name} to have this fold done again.'
+
+def _finished(file):
+    "What fold.json says of a finished fold"
+    found = _kept(file, _FOLD, _again(file.parent))
+    with reading(file, 'a finished fold', _again(file.parent)):
+        if f"{found['method']}-{fold_name(found['test'])}-seed{found['seed']}" != file.parent.name: raise ValueError('it is of another fold')
+        if found['normalization'] not in SCALES or not (0 < found['n_training_spots'] and 0 <= found['seconds'] < np.inf): raise ValueError('its numbers are impossible')
+        pd.DataFrame(found['mean_r']).astype(dict(method=str, section=str, mean=float))
+        pd.DataFrame(found.get('attention', []))
+    return found
+
+def _scores(folder):
+    "The scores of a finished fold"
+    with reading(folder/'scores.csv', 'the scores of a finished fold', _again(folder)):
+        found = pd.read_csv(folder/'scores.csv')
+        numbers = ['r', 'n', 'ceiling', 'sd_ratio', 'relative_error', 'moran', 'moran_observed']
+        found = found.astype({**dict.fromkeys(['method', 'section', 'gene'], str), **dict.fromkeys(numbers, float)}).astype(dict(n=int))
+        if not len(found) or found.duplicated(['method', 'section', 'gene']).any() or found.r.abs().max() > 1.001: raise ValueError('a gene is there twice, or no number possible')
+    return found
+
+def _prediction(file, section):
+    "A prediction of this section in a finished fold"
+    with reading(file, 'a prediction', _again(file.parent)):
+        found = ad.read_h5ad(file)
+        if section_name(found) != section or not isinstance(found.uns['histogene']['predicted_by'], str): raise ValueError('it is of another section')
+        if not np.isfinite(found.X).all() or not np.isfinite(found.obsm['spatial']).all() or found.obsm['spatial'].shape != (len(found), 2) or not found.var_names.is_unique: raise ValueError('its numbers are impossible')
+        if not 0 < found.uns['spatial'][section]['scalefactors']['spot_diameter_fullres'] < np.inf: raise ValueError('its spots have no width')
+    return found
+
 # %% ../nbs/library/11_crossval.ipynb #00963eb4
 def _file(predicted): return f"{section_name(predicted)}-{predicted.uns['histogene']['predicted_by']}.h5ad".replace('*', '_star').replace(' ', '_')
 
@@ -217,7 +262,7 @@ def run_fold(
 )->dict: # what fold.json says
     "Train, predict and score one fold, and keep all of it or nothing"
     start, done = time.perf_counter(), Path(out)/f'{name}-{fold_name(test)}-seed{seed}'
-    if (done/'fold.json').is_file(): return json.loads((done/'fold.json').read_text(encoding='utf-8'))
+    if (done/'fold.json').is_file(): return _finished(done/'fold.json')
     if cores: torch.set_num_threads(cores)
     part = done.with_name(f'.{done.name}.part')
     part.mkdir(parents=True, exist_ok=True)
@@ -250,7 +295,7 @@ def _same_run(out, settings):
     file = out/'run.json'
     new = json.loads(json.dumps(settings))
     if file.is_file():
-        old = json.loads(file.read_text(encoding='utf-8'))
+        old = _begun(file)
         for key in ('sections', 'panel', 'normalization'):
             if old[key] != new[key]: raise InputError(f'{file}: this run was begun with another {key}. Choose another folder, or delete this one.')
         for k in old['methods'].keys() & new['methods'].keys():
@@ -306,7 +351,7 @@ def cross_validate(
         tasks = {(m, f, s): dict(name=m, method=method, read=read, training=folds[f][0], test=folds[f][1], out=out, panel=panel, normalization=normalization, seed=s, device=device, cache=cache, cores=cores, command=command)
                  for s in seeds for m,method in methods.items() for f in folds}
         there = {k: out/f'{k[0]}-{k[1]}-seed{k[2]}'/'fold.json' for k in tasks}
-        done = {k: json.loads(f.read_text(encoding='utf-8')) for k,f in there.items() if f.is_file()}
+        done = {k: _finished(f) for k,f in there.items() if f.is_file()}
         sizes = {s: len(read(s)) for s in catalogue.index}
         spots = {k: sum(sizes[s] for s in t['training']) for k,t in tasks.items()}
         if done: print(f'{len(done)} of {len(tasks)} folds are done already')
@@ -361,13 +406,13 @@ def _folds(run):
     "fold.json's contents of all finished folds of a run, and their folders"
     files = sorted(Path(run).glob('*/fold.json'))
     if not files: raise InputError(f'{run}: no fold is finished here. Give the folder of a run (cross_validate, histogene_reproduce).')
-    return [{**json.loads(f.read_text(encoding='utf-8')), 'folder': f.parent} for f in files]
+    return [{**_finished(f), 'folder': f.parent} for f in files]
 
 def _wide(folds):
     "r by gene (rows) and method, fold, section, seed, n (columns); inf where there is no r, NaN where the fold's panel lacks the gene"
     found = {}
     for f in folds:
-        for (m,s),t in pd.read_csv(f['folder']/'scores.csv').groupby(['method', 'section'], sort=False):
+        for (m,s),t in _scores(f['folder']).groupby(['method', 'section'], sort=False):
             found[m, fold_name(f['test']), s, f['seed'], int(t.n.iloc[0])] = t.set_index('gene').r.fillna(np.inf)
     return pd.DataFrame(found).rename_axis(columns=['method', 'fold', 'section', 'seed', 'n'])
 
@@ -379,7 +424,7 @@ def _best_genes(tables, n=4):
 
 def _measures(folds):
     "What r and the measures beyond it say of each method in each section, as means over genes"
-    scores = pd.concat([pd.read_csv(f['folder']/'scores.csv').assign(fold=fold_name(f['test']), seed=f['seed']) for f in folds])
+    scores = pd.concat([_scores(f['folder']).assign(fold=fold_name(f['test']), seed=f['seed']) for f in folds])
     scores['better_than_mean'] = (scores.relative_error < 1).astype(float)
     by = scores.groupby(['method', 'fold', 'section', 'seed'], sort=False)
     kept = ['r', 'ceiling', 'sd_ratio', 'relative_error', 'better_than_mean', 'moran', 'moran_observed']
@@ -393,7 +438,7 @@ def write_tables(
 ):
     "The small part of a run that the figures are drawn from"
     folds, folder = _folds(run), Path(folder)
-    known = json.loads((Path(run)/'run.json').read_text(encoding='utf-8'))
+    known = _begun(Path(run)/'run.json')
     tables = dict(run=known, r=_wide(folds), measures=_measures(folds))
     tables['folds'] = pd.DataFrame([{**{k: v for k,v in f.items() if k not in (*_LISTS, 'folder')}, 'fold': fold_name(f['test'])} for f in folds])
     tables['attention'] = pd.DataFrame([{**row, 'fold': fold_name(f['test']), 'seed': f['seed']} for f in folds for row in f.get('attention', [])])
@@ -415,7 +460,7 @@ def _maps(folds, tables, read):
     for section in dict.fromkeys(f['test'][0] for f in single):
         measured = read(section)
         mine = [f for f in single if f['test'] == [section]]
-        predicted = [ad.read_h5ad(p) for f in mine for p in sorted(f['folder'].glob('*.h5ad'))]
+        predicted = [_prediction(p, section) for f in mine for p in sorted(f['folder'].glob('*.h5ad'))]
         observed = normalize(measured, list(predicted[0].var_names), mine[0]['normalization'])
         observed.uns['histogene']['predicted_by'] = 'observed'
         for p in [observed, *predicted]:

@@ -19,6 +19,7 @@ from scipy.spatial import cKDTree
 from scipy.special import betainc, betaln, softmax
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from .readers import reading
 from .sections import InputError, LABEL_COLORS, section_name, whole_file
 
 # %% ../nbs/library/09_evaluation.ipynb #e13f4295
@@ -154,7 +155,8 @@ def _gene_sets(sets):
     "Gene sets as a dictionary, from a dictionary, a GMT file or a library's name"
     import gseapy
     if isinstance(sets, dict): return sets
-    if Path(sets).is_file(): return gseapy.read_gmt(str(sets))
+    if Path(sets).is_file():
+        with reading(Path(sets), 'gene sets'): return gseapy.read_gmt(str(sets))
     if Path(sets).suffix: raise InputError(f'{sets}: there is no such file of gene sets.')
     try: return gseapy.get_library(str(sets))
     except Exception as e: raise InputError(f'{sets}: gseapy cannot download gene sets of this name ({type(e).__name__}). Give a GMT file, or one of gseapy.get_library_name().') from e

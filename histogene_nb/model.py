@@ -159,13 +159,13 @@ def save_tensors(
         aside = Path(f'{part}.folder')                                         # safetensors has a hidden file of its own, of a random name, beside the one it writes
         try:
             aside.mkdir(exist_ok=True)
-            save_file(tensors, aside/'new', {**metadata, 'checksum': _checksum(tensors)})
+            save_file(tensors, aside/'new', {**metadata, 'checksum': _checksum(tensors, metadata)})
             os.replace(aside/'new', part)
         except SafetensorError as e: raise OSError(str(e)) from e
         finally: shutil.rmtree(aside, ignore_errors=True)
 
-def _checksum(tensors):
-    h = hashlib.blake2b(digest_size=16)
+def _checksum(tensors, metadata):
+    h = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode() if metadata else b'', digest_size=16)
     for name in sorted(tensors): h.update(name.encode()); h.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
@@ -173,9 +173,11 @@ def _checksum(tensors):
 def read_tensors(
     path:str|Path, # as `save_tensors` left it
 )->tuple: # name -> tensor, and the metadata
-    "Read tensors back; `SafetensorError` where a byte of them has changed"
+    "Read tensors back; `SafetensorError` where a byte has changed"
+    if not Path(path).is_file(): raise SafetensorError('it is no file')
     with safe_open(path, 'pt') as f: metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    if 'checksum' in metadata and metadata['checksum'] != _checksum(tensors): raise SafetensorError('its checksum does not match')
+    checksum = metadata.pop('checksum', None)
+    if checksum and checksum not in (_checksum(tensors, metadata), _checksum(tensors, {})): raise SafetensorError('its checksum does not match')
     return tensors, metadata
 
 # %% ../nbs/library/06_model.ipynb #1a0e0070
@@ -202,7 +204,7 @@ def _class(kind):
 def _identity(config):
     "What of a description the weights depend on"
     config = json.loads(config)
-    return {**config, 'about': {k: config['about'].get(k) for k in ('genes', 'normalization')}}
+    return {**config, 'about': {k: config['about'].get(k) for k in ('genes', 'normalization', 'spot_diameter', 'grid')}}
 
 def from_pretrained(
     folder:str|Path, # as `save_pretrained` left it
@@ -221,7 +223,7 @@ def from_pretrained(
         if 'grid' in about and np.shape(about['grid']) != (3, 2): raise ValueError(f"config.json has a grid of shape {np.shape(about['grid'])}, not (3, 2)")
         model = _class(config.pop('kind', 'HisToGene'))(**config)
         together = _identity(metadata.get('config', text)) == _identity(text)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+    except Exception as e:                                                     # of all kinds, from what a damaged file holds
         raise InputError(f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
     _load(model, weights, folder)
     if not together: raise InputError(f'{folder}: config.json and model.safetensors are of two models, as a saving leaves them that is killed between the two. Copy both again, or train it again.')

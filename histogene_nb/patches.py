@@ -81,12 +81,26 @@ def cache_file(
     key.update(f'patches v1 {size} {how}'.encode())
     return Path(cache)/f'{key.hexdigest()}.npy'
 
-def _read_cached(file, n, size):
-    "The patches in `file`, or None where there are none of this shape"
+def _save_array(file, array):
+    "Keep an array, and behind it a checksum"
+    with whole_file(file) as part, open(part, 'wb') as f:
+        np.save(f, array)
+        f.write(hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest())
+
+def _read_array(file, shape, dtype):
+    "The array in `file`, mapped; None where it is damaged or of another shape: then it is made again"
     if not file.is_file(): return None
     try: found = np.load(file, mmap_mode='c', allow_pickle=False)
-    except (ValueError, EOFError, OSError): return None                       # damaged: the patches are cut again
-    return torch.from_numpy(found) if found.shape == (n, 3, size, size) and found.dtype == np.uint8 else None
+    except Exception: return None                                             # a damaged header makes numpy raise all kinds
+    if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous: return None
+    left, checksum = found.nbytes, hashlib.blake2b(digest_size=16)
+    with open(file, 'rb') as f:
+        f.seek(found.offset)
+        while left and (chunk := f.read(min(left, 1 << 24))): checksum.update(chunk); left -= len(chunk)
+        kept = f.read()
+    return torch.from_numpy(found) if kept in (b'', checksum.digest()) else None     # files of older versions have none
+
+def _read_cached(file, n, size): return _read_array(file, (n, 3, size, size), np.uint8)
 
 # %% ../nbs/library/02_patches.ipynb #1c3725d6
 @contextmanager
@@ -129,8 +143,7 @@ def extract_patches(
         patches = _read_cached(file, len(centres), size) if file else None
         if patches is None:
             with decoding(info['metadata'].get('source_image_path', name)): patches, _ = cut_patches(image, centres, size, side)
-            if file:
-                with whole_file(file) as part, open(part, 'wb') as f: np.save(f, patches.numpy())
+            if file: _save_array(file, patches.numpy())
         low = np.floor(centres) - side//2
         section.uns['histogene']['n_padded'] = int(((low < 0).any(1) | (low + side > image.size).any(1)).sum())
     return patches

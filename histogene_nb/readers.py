@@ -24,16 +24,18 @@ from .sections import InputError, _check_pixels, _max_pixels, as_rgb, data_folde
 def reading(
     path:Path, # the file that is read within this context
     kind:str, # what it is read as, for the message
+    hint:str='Is it complete? Export or copy it again.', # what to do where it cannot be
 ):
     "Whatever a library raises while it reads a file, as an `InputError`"
-    if not path.exists(): raise InputError(f'{path}: there is no such file. Check the path.')
+    if not (path.is_file() or path.is_dir()): raise InputError(f'{path}: there is no such file. Check the path.')   # and a pipe would be waited for
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     except InputError: raise
     except ImportError as e: raise InputError(f"{path}: reading it needs a package that is not installed ({str(e).splitlines()[0]}). Install it, for parquet files with pip install 'histogene_nb[parquet]', or save the file as .csv.") from e
-    except Exception as e: raise InputError(f'{path}: cannot be read as {kind} ({type(e).__name__}: {next(iter(str(e).splitlines()), "")}). Is it complete? Export or copy it again.') from e
+    except Exception as e: raise InputError(f'{path}: cannot be read as {kind} ({type(e).__name__}: {next(iter(str(e).splitlines()), "")}). {hint}') from e
+
 
 # %% ../nbs/library/19_readers.ipynb #ae9f7a30
 _TABLES, _IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png', '.tif', '.tiff')
@@ -61,7 +63,9 @@ def _one(folder, what, suffixes, *patterns, needed=True):
 # %% ../nbs/library/19_readers.ipynb #a18f70a9
 def _check_sparse(X):
     "Raise `ValueError` where a sparse matrix points outside itself"
-    if sparse.issparse(X): X.check_format(full_check=True)
+    if not sparse.issparse(X): return
+    if any(i.dtype.kind not in 'iu' for i in (X.indices, X.indptr)): raise ValueError('its indices are not whole numbers')   # scipy would make some of NaN, and crash
+    X.check_format(full_check=True)
 
 def _visium_counts(folder):
     "Barcodes x genes of the filtered matrix, with unique names of genes, and how many had to be renamed"
@@ -202,7 +206,7 @@ def array_positions(
     "Array positions of spots on a square or hexagonal grid; on a hexagonal one columns are half a pitch wide, as spaceranger counts them"
     xy = np.asarray(spatial, dtype=np.float64)
     irregular = InputError(f'The {len(xy)} spots are not on one square or hexagonal grid, as far as their pixels tell. Give their columns and rows on the array (array_col, array_row).')
-    if len(np.unique(xy, axis=0)) < max(4, len(xy)): raise irregular
+    if not (np.abs(xy) < 2**31).all() or len(np.unique(xy, axis=0)) < max(4, len(xy)): raise irregular
     tree = cKDTree(xy)
     pitch = np.median(tree.query(xy, 2)[0][:, 1])
     pairs = tree.query_pairs(1.2*pitch, output_type='ndarray')
@@ -361,10 +365,10 @@ def check_section(
     if 'spot_diameter_fullres' not in factors: raise InputError("scalefactors['spot_diameter_fullres'] is missing: the width of a spot in pixels.")
     if not factors['spot_diameter_fullres'] > 0: raise InputError(f"a spot diameter of {factors['spot_diameter_fullres']} pixels: give one above 0.")
     for key in ('array_col', 'array_row'):
-        if not np.issubdtype(obs[key].dtype, np.number) or obs[key].isna().any() or (obs[key] % 1).any(): raise InputError(f"obs['{key}'] holds something other than whole numbers. Give the place of each spot on the array.")
+        if not np.issubdtype(obs[key].dtype, np.number) or not np.isfinite(obs[key]).all() or (obs[key] % 1).any(): raise InputError(f"obs['{key}'] holds something other than whole numbers. Give the place of each spot on the array.")
     counts, genes = (section.X, section.var_names) if section.n_vars else (np.zeros((len(section), 1)), ['none'])
     path = metadata.get('source_image_path')
-    again = new_section(counts, genes, section.obs_names, section.obsm['spatial'], obs['array_col'], obs['array_row'], name, '', path)
+    again = new_section(counts, genes, section.obs_names, section.obsm['spatial'], obs['array_col'], obs['array_row'], name, '', path, factors['spot_diameter_fullres'])
     metadata.update(again.uns['spatial'][name]['metadata'])
     if not path and 'hires' in images:
         height, width = np.array(images['hires'].shape[:2])/factors.get('tissue_hires_scalef', 1)
@@ -375,7 +379,7 @@ def check_section(
 # %% ../nbs/library/19_readers.ipynb #f52b1df6
 def _settle(section, path, image):
     "What a file holds as a section: with one image, the spots in tissue and a name for each gene, checked"
-    _check_sparse(section.X)
+    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp') for m in getattr(section, part).values()), *([section.raw.X] if section.raw else ())): _check_sparse(X)
     try:
         h = section.uns.setdefault('histogene', {})
         if renamed := int(section.var_names.duplicated().sum()): h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)

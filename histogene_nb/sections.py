@@ -82,7 +82,7 @@ def _open_whole(path):
     try:
         Image.MAX_IMAGE_PIXELS = None
         image = Image.open(path)
-    except (OSError, ValueError) as e: raise InputError(f'{path}: cannot be read as an image ({e}). Download or export it again.') from e
+    except Exception as e: raise InputError(f'{path}: cannot be read as an image ({e}). Download or export it again.') from e
     finally: Image.MAX_IMAGE_PIXELS = limit
     try: _check_pixels(path, *image.size)
     except InputError: image.close(); raise
@@ -95,7 +95,7 @@ def decoding(
     "What Pillow, OpenSlide or a decoder raises inside, as an `InputError` about the image"
     try: yield
     except InputError: raise
-    except (OSError, ValueError, MemoryError, OpenSlideError, Image.DecompressionBombError) as e:
+    except Exception as e:                                                    # Pillow and its like raise all kinds
         raise InputError(f'{path}: the image is damaged or incomplete ({e}). Download or export it again.') from e
 
 # %% ../nbs/library/00_sections.ipynb #1a24a40f
@@ -331,9 +331,10 @@ def _labels(labels, spots):
     return pd.Categorical(labels, categories=known + sorted(set(labels.dropna().astype(str)) - set(known)))
 
 # %% ../nbs/library/00_sections.ipynb #27dfddd1
-def _image_info(name, path, spots, spatial):
+def _image_info(name, path, spots, spatial, spot_diameter):
     "What a section knows of its image, once every spot is inside it"
     with open_image(path) as im: w,h = im.size
+    if spot_diameter > max(w, h): raise InputError(f'{name}: a spot of {spot_diameter:g} pixels is wider than its image {Path(path).name} of {w} x {h}. Give its width in pixels of this image.')
     out = ((spatial < 0) | (spatial >= [w,h])).any(1)
     if out.any():
         i = out.argmax()
@@ -367,6 +368,8 @@ def new_section(
         if n != len(spots): raise InputError(f'{name}: {what} has {n} rows for {len(spots)} spots. Give one row a spot.')
     if X.shape[1] != len(genes): raise InputError(f'{name}: counts has {X.shape[1]} columns for {len(genes)} genes.')
     grid = [f'{x}x{y}' for x,y in zip(array_col, array_row)]
+    beyond = ~(np.abs(np.asarray([array_col, array_row], dtype=np.float64)) < 1e5).all(0)          # a model learns something for each
+    if beyond.any(): raise InputError(f'{name}: spot {spots[beyond.argmax()]} is at array position {grid[beyond.argmax()]}; no array has 100,000 columns or rows. Put it right.')
     for what,names in {'spot': spots, 'gene': genes, 'array position': grid}.items():
         if (twice := _twice(names)) is not None: raise InputError(f'{name}: {what} {twice} is there twice. Keep one of the two.')
     nowhere = ~np.isfinite(spatial).all(1)
@@ -374,7 +377,7 @@ def new_section(
         raise InputError(f'{name}: spot {spots[nowhere.argmax()]} has no pixel position. Give it, or leave the spot out.')
     obs = pd.DataFrame(dict(array_row=np.asarray(array_row, np.int64), array_col=np.asarray(array_col, np.int64)), index=spots)
     if annotation is not None: obs['annotation'] = _labels(annotation, spots)
-    metadata = {} if image_path is None else _image_info(name, image_path, spots, spatial)
+    metadata = {} if image_path is None else _image_info(name, image_path, spots, spatial, spot_diameter)
     info = dict(images={}, scalefactors=dict(spot_diameter_fullres=float(spot_diameter)), metadata=metadata)
     section = AnnData(X, obs, pd.DataFrame(index=genes), obsm=dict(spatial=spatial),
                       uns=dict(spatial={name: info}, histogene=dict(section=name, patient=patient, source=source)))
@@ -500,7 +503,9 @@ def _parse_slowly(cells, genes, where):
 # %% ../nbs/library/00_sections.ipynb #1e5a2892
 def _unpacked(path):
     "All bytes of a file, gzipped or not"
-    try: return gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+    try:
+        if not path.is_file(): raise OSError('it is no file')                 # a pipe would be waited for
+        return gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (EOFError, OSError, zlib.error) as e:
         raise InputError(f'{path}: cannot be unpacked ({e}). {_AGAIN}') from e
 

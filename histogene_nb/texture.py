@@ -15,8 +15,8 @@ from pathlib import Path
 from anndata import AnnData
 from torch import nn, Tensor
 from scipy.spatial import cKDTree
-from .sections import InputError, section_name, whole_file
-from .patches import cache_file
+from .sections import InputError, section_name
+from .patches import _read_array, _save_array, cache_file
 from .expression import normalize
 from .model import Block
 from .position import fit_grid
@@ -64,13 +64,6 @@ def _numbers_file(cache, textures, section, centres, windows, size, views):
     weights = hashlib.blake2b(b''.join(w.detach().cpu().numpy().tobytes() for w in textures.state_dict().values()), digest_size=16).hexdigest()
     return cache_file(cache, section, 1000*centres, size, f"textures v1 {tuple(windows)} {views} {info['scalefactors']['spot_diameter_fullres']} {weights}")
 
-def _read_numbers(file, shape):
-    "The numbers in `file`, or None where there are none of this shape"
-    if not file.is_file(): return None
-    try: found = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError): return None                              # damaged: they are computed again
-    return torch.from_numpy(found) if found.shape == shape and found.dtype == np.float32 else None
-
 def texture_numbers(
     textures:Textures, # on the device to use
     section:AnnData, # with its image
@@ -86,15 +79,14 @@ def texture_numbers(
     centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
     device, shape = next(textures.parameters()).device, (len(centres), 160*len(windows))
     file = _numbers_file(cache, textures, section, centres, windows, size, views) if cache is not None else None
-    if file and (known := _read_numbers(file, shape)) is not None: return known
+    if file and (known := _read_array(file, shape, np.float32)) is not None: return known
     out = torch.empty(len(centres), len(windows), 160)
     with torch.no_grad(), kept_memory():
         for j,window in enumerate(windows):
             for start in range(0, len(centres), 2048):                               # all windows of a dense grid at once would fill the memory
                 patches = spot_windows(section, size, window, None, centres[start:start + 2048])
                 for i,batch in zip(range(start, len(centres), 16), patches.split(16)): out[i:i + len(batch), j] = sum(textures(turn_patches(batch.to(device), way)) for way in _WAYS[:views]).cpu()/views
-    if file:
-        with whole_file(file) as part, open(part, 'wb') as f: np.save(f, out.flatten(1).numpy())
+    if file: _save_array(file, out.flatten(1).numpy())
     return out.flatten(1)
 
 # %% ../nbs/library/16_texture.ipynb #3114afc0

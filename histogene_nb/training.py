@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 import matplotlib.pyplot as plt
 from anndata import AnnData
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -79,10 +78,13 @@ def _load_checkpoint(file, model, opt, fingerprint):
         model.load_state_dict({k[6:]: t for k,t in tensors.items() if k.startswith('model.')})
         in_order = lambda t, w: torch.empty_like(w, device='cpu').copy_(t)               # in memory as the weight is: fused Adam pairs them by address
         adam = {i: {'step': tensors[f'adam.{name}.step'], **{k: in_order(tensors[f'adam.{name}.{k}'], w) for k in ('exp_avg', 'exp_avg_sq')}} for i,(name,w) in enumerate(model.named_parameters())}
-    except (SafetensorError, KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError) as e:
+        losses = [float(l) for l in state['losses']]
+        if not losses or not np.isfinite(losses).all(): raise ValueError('its losses are not numbers')
+    except InputError: raise
+    except Exception as e:                                                               # of all kinds, from what a damaged file holds
         raise InputError(f'{file}: this checkpoint is damaged ({e}). Delete it to start the training anew.') from e
     opt.load_state_dict({'state': adam, 'param_groups': opt.state_dict()['param_groups']})
-    return state['losses']
+    return losses
 
 # %% ../nbs/library/07_training.ipynb #31db1ecb
 def processes()->tuple: # this process's number, from 0, and how many there are
