@@ -467,12 +467,12 @@ def write_her2st(
 
 # %% ../nbs/library/00_sections.ipynb #1c598664
 def _parse_row(cells, n_genes):
-    "Columns and values of the nonzero counts in one line, or None where a cell is not plain digits"
+    "Columns and values of the nonzero counts in one line, or None where a cell is not some plain digits"
     b = np.frombuffer(b'\t' + cells + b'\t', np.uint8)
     tab, digit = b == 9, b - 48
     ends = np.flatnonzero(tab)
     size = np.diff(ends) - 1
-    if len(size) != n_genes or not size.all() or not (tab | (digit < 10)).all(): return None
+    if len(size) != n_genes or not size.all() or size.max() > 30 or not (tab | (digit < 10)).all(): return None
     cols = np.flatnonzero((size > 1) | (digit[ends[1:] - 1] > 0))
     last, size = ends[cols + 1] - 1, size[cols]
     values = digit[last].astype(np.float32)
