@@ -520,7 +520,7 @@ def set_count(value):
     (change('scalefactors', lambda s: s.update(spot_diameter_fullres=np.nan)), 'spot diameter of nan'), (change('metadata', lambda m: m.update(source_image_path='gone.jpg')), 'gone.jpg: there is no such image'),
     (lambda a: a.obsm['spatial'].__setitem__(2, [50_000, 5]), 'spot 2x0 at pixel .* is outside the image'), (lambda a: a.obsm['spatial'].__setitem__(2, np.nan), 'spot 2x0 has no pixel position'),
     (lambda a: a.obs.__setitem__('array_col', [f'c{i}' for i in range(len(a))]), "array_col.*other than whole numbers"), (lambda a: a.obs.__setitem__('array_col', np.nan), 'array_col'),
-    (lambda a: a.obs.__setitem__('array_col', 0), 'array position 0x0 is there twice'), (lambda a: setattr(a, 'var_names', ['A', 'A', *a.var_names[2:]]), 'gene A is there twice'),
+    (lambda a: a.obs.__setitem__('array_col', 0), 'array position 0x0 is there twice'),
     (lambda a: setattr(a, 'obs_names', ['s', 's', *a.obs_names[2:]]), 'spot s is there twice')])
 @pytest.mark.filterwarnings('ignore')
 def test_h5ad_that_is_no_section(section, tmp_path, f, match):
