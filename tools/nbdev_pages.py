@@ -44,9 +44,9 @@ class ParameterTable(BasicMarkdownRenderer):
     def _repr_markdown_(self):
         about = {k:v for k,v in docments(self.sym, full=True).items() if k != 'self'}
         if not any(v.get('docment') for v in about.values()): return super()._repr_markdown_()
-        def row(name, v):
+        def row(name, v):                                                 # HTML: in backticks a parameter that is called as some function would become a link to that
             default = '' if name == 'return' or v['default'] is Parameter.empty else f"`{one_line(getattr(v['default'], '__name__', repr(v['default'])))}`"
-            return '*returns*' if name == 'return' else f'`{name}`', type_name(v['anno']), default, one_line(v['docment'] or '')
+            return '*returns*' if name == 'return' else f'<code>{name}</code>', type_name(v['anno']), default, one_line(v['docment'] or '')
         rows = [row(k, v) for k,v in about.items() if k != 'return' or v['docment']]
         table = [('Parameter', 'Type', 'Default', 'What it is'), ('---',)*4, *rows]
         return super()._repr_markdown_() + '\n\n' + '\n'.join(f'| {" | ".join(r)} |' for r in table)
