@@ -129,7 +129,7 @@ def test_stale_outputs_are_found(copy, monkeypatch):
         return found
     assert not stale(page)
     assert after(module, lambda t: t + 'x = 1\n') and after(results/'leaderboard'/'measures.csv', lambda t: t + '\n') and after(page, lambda t: t.replace('import matplotlib', 'import os, matplotlib', 1))
-    assert not after(module, lambda t: t + '# a remark\n') and not after(copy/'histogene_nb'/'cscc.py', str.upper) and not after(results/'reference.csv', str.upper) and not after(page, lambda t: t.replace('# Section out, patient out', '# Out'))
+    assert not after(module, lambda t: t + '# a remark\n') and not after(copy/'histogene_nb'/'workshop.py', str.upper) and not after(results/'reference.csv', str.upper) and not after(page, lambda t: t.replace('# Section out, patient out', '# Out'))
 
 @all_notebooks
 def test_colab(path):

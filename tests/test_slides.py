@@ -196,7 +196,7 @@ with open_image(slide) as im:
     patches, _ = cut_patches(im, centres, 112, 400)
 print(im.size, thumbnail.shape, f'{mask.mean():.0%} tissue', tuple(patches.shape))""", slide=str(slide))
     assert memory < 4
-    (text, *_), memory = measured("""
+    (*_, text), memory = measured("""
 import torch
 from histogene_nb.model import HisToGene, save_pretrained
 from histogene_nb.commands import histogene_predict
