@@ -43,8 +43,9 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime
 	$(BIN)/histogene_demo --out histogene_demo
 
+# What a test writes is deleted once it has passed
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup -o tmp_path_retention_policy=failed
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_site.py

@@ -1,10 +1,12 @@
 """The leaderboard of the five real sections: every method through the same cross-validation; its tables go into the package.
 
-    HISTOGENE_DATA=... python tools/leaderboard.py runs
+    HISTOGENE_DATA=... python tools/leaderboard.py runs         every method, three seeds where chance has a part
+    HISTOGENE_DATA=... python tools/leaderboard.py runs fast    all but HisToGene and ST-Net
+    HISTOGENE_DATA=... python tools/leaderboard.py runs 1 2     HisToGene and ST-Net alone, with these seeds
 
 Sections and patients are left out in turn. `runs` keeps predictions; folds that are there already are not done again.
 HisToGene and ST-Net, which take hours, run two folds at a time through Ray, one thread each: on two cores faster than one after the other.
-The tables are written after each seed of them.
+The tables are written after each part. What they hold of other methods, folds and seeds stays.
 """
 import shutil, sys, time
 from functools import cache, partial
@@ -19,8 +21,7 @@ from histogene_nb.sections import data_folder, her2st_catalogue, read_her2st
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 slow = {'HisToGene': histogene, 'ST-Net': partial(stnet, backbone='efficientnet_lite0', patch_size=112)}
-once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture, use_array=False, members=0),
-        'texture without transformers': partial(texture, members=0), 'texture without array': partial(texture, use_array=False), 'texture, one transformer': partial(texture, members=1)}
+once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture, use_array=False, members=0), 'texture without transformers': partial(texture, members=0)}
 
 @cache
 def counts():
@@ -32,28 +33,38 @@ def more_counts(*args, **options):
     "The texture model, its array taught by those sections' counts too, the tested patient's left out"
     return texture(*args, array_from=counts(), **options)
 
+fast = {'texture': texture, 'texture, array from more counts': more_counts, 'texture without array': partial(texture, use_array=False), 'texture, one transformer': partial(texture, members=1)}
+
+def write_table(table, name, keys):
+    "Into the package's table, in place of its rows with the same keys"
+    path = results/f'{name}.csv'
+    if path.is_file():
+        old = pd.read_csv(path, float_precision='round_trip')
+        table = pd.concat([old[~old.set_index(keys).index.isin(table.set_index(keys).index)], table])
+    table.to_csv(path, index=False)
+
 def write(out):
     "The tables of all folds that are done"
     folds = _folds(out)
     results.mkdir(exist_ok=True)
-    _measures(folds).round(5).to_csv(results/'measures.csv', index=False)
+    write_table(_measures(folds).round(5), 'measures', ['method', 'fold', 'section', 'seed'])
     kept = ('method', 'seed', 'rank', 'alpha', 'parameters', 'n_training_spots', 'seconds', 'peak_memory_GB', 'command', 'histogene_nb', 'torch', 'device', 'threads', 'date')
-    pd.DataFrame([{'fold': fold_name(f['test']), **{k: f.get(k) for k in kept}} for f in folds]).to_csv(results/'folds.csv', index=False)
-    inner = pd.concat([pd.DataFrame(f['inner_folds']).melt(['rank', 'alpha'], var_name='left_out', value_name='r').assign(fold=fold_name(f['test'])) for f in folds if f['method'] == 'texture' and f['seed'] == 0 and f['inner_folds']])
-    inner.to_csv(results/'inner_folds.csv', index=False)
+    write_table(pd.DataFrame([{'fold': fold_name(f['test']), **{k: f.get(k) for k in kept}} for f in folds]), 'folds', ['method', 'fold', 'seed'])
+    inner = [pd.DataFrame(f['inner_folds']).melt(['rank', 'alpha'], var_name='left_out', value_name='r').assign(fold=fold_name(f['test'])) for f in folds if f['method'] == 'texture' and f['seed'] == 0 and f['inner_folds']]
+    if inner: write_table(pd.concat(inner), 'inner_folds', ['fold', 'left_out', 'rank', 'alpha'])
 
-def main(folder):
+def main(folder, *parts):
     start, out = time.perf_counter(), Path(folder)
     read, catalogue = reader(sections)
     panel = read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
     named = lambda methods: {k: partial(m, label=k) if k.startswith('texture') else m for k,m in methods.items()}
     run = partial(cross_validate, read, catalogue, out=out, by=('section', 'patient'), panel=panel, cache=out/'patches', command='tools/leaderboard.py')
-    run(named({'texture': texture, 'texture, array from more counts': more_counts}), seeds=(0, 1, 2))
-    run(named(once))
-    write(out)
-    for seed in (0, 1, 2):
-        run(slow, seeds=(seed,), ray='local', cores=1)
+    for part in parts or ('fast', 0, 1, 2):
+        if part == 'fast':
+            run(named(fast), seeds=(0, 1, 2))
+            run(named(once))
+        else: run(slow, seeds=(int(part),), ray='local', cores=1)
         write(out)
     print(provenance('tools/leaderboard.py', start))
 
-if __name__ == '__main__': main(sys.argv[1])
+if __name__ == '__main__': main(*sys.argv[1:])
