@@ -72,6 +72,12 @@ def test_api(site):
     assert '<th>Parameter</th>' in entry and 'Exported source' in entry
     assert not [p.name for p in (site/'library').glob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
 
+def test_what_is_folded(site):
+    "Code of private names alone is folded, with its names; all other exported code is open."
+    folds = [f for p in site.rglob('*.html') for f in re.findall(r'<details( open="")? class="code-fold">\s*<summary>(Exported source[^<]*)', p.read_text(encoding='utf-8'))]
+    assert all(bool(is_open) == (summary == 'Exported source') for is_open,summary in folds)
+    assert ('', 'Exported source: _max_pixels, _check_pixels') in folds and not [s for _,s in folds if re.search(r'[:,] [^_]', s)]
+
 @pytest.mark.parametrize('html, fault', [
     ('<a href="gone.html">', 'gone.html is not there'),
     ('<a href="#gone">', 'the page has no #gone'),

@@ -16,6 +16,13 @@ def show_source(cell):
         cell.directives_['exports'] = cell.directives_.pop('export')
 
 
+def fold_private(cell):
+    "Code that defines nothing but private names stays folded, under their names, until a reader asks for it"
+    names = re.findall(r'^(?:async )?(?:def|class) +(\w+)', cell.source, re.M)
+    if cell.cell_type == 'code' and 'exports' in cell.directives_ and all(n.startswith('_') for n in names):
+        cell.source = cell.source.replace('#| code-fold: show\n#| code-summary: "Exported source"', f'#| code-fold: true\n#| code-summary: "Exported source: {", ".join(names)}"', 1)
+
+
 class page_links(Processor):
     "Under the title, the page in Colab, and its notebook to download"
     def end(self):
