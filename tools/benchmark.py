@@ -167,14 +167,14 @@ def superres_25x(name='B4', tile=None):
 def superres_25x_tiles(): return superres_25x(tile=12)
 
 @torch.no_grad()
-def long(n, make, flat=False):
-    "A sequence of n random patches through a model of full size: seconds, seconds of all cores together, and the memory on top of the patches"
+def long(n, make, depth=8, flat=False):
+    "A sequence of n random patches through a model of full width: seconds, seconds of all cores together, and the memory on top of the patches"
     torch.manual_seed(0)
-    patches, positions, model = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8), torch.randint(64, (n, 2)), make(785).eval()
+    patches, positions, model = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8), torch.randint(64, (n, 2)), make(785, depth=depth).eval()
     base, start, busy = memory(), time.perf_counter(), time.process_time()
     if flat: model(patches.flatten(1).float()[None], positions[None])
     else: run_model(model, patches, positions, 'cpu')
-    return dict(patches=n, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak(), above_patches_GB=peak() - base)
+    return dict(patches=n, layers=depth, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak(), above_patches_GB=peak() - base)
 
 def long_plain_2000(): return long(2000, Plain, flat=True)
 def long_plain_4000(): return long(4000, Plain, flat=True)
@@ -182,7 +182,8 @@ def long_plain_8000(): return long(8000, Plain, flat=True)
 def long_ours_2000(): return long(2000, HisToGene)
 def long_ours_4000(): return long(4000, HisToGene)
 def long_ours_8000(): return long(8000, HisToGene)
-def long_ours_100000(): return long(100_000, HisToGene)
+def long_ours_8000_one_layer(): return long(8000, HisToGene, depth=1)
+def long_ours_100000_one_layer(): return long(100_000, HisToGene, depth=1)
 
 def many_sections(n, spots=350, genes=785):
     "Sections of the HER2+ data's size, each under a file that says it is an image of full size, which nobody needs to decode: their patches are in the cache (`warm_many`)"
@@ -240,7 +241,7 @@ def stream_4(): return stream(4)
 def stream_32(): return stream(32)
 def stream_32_in_memory(): return stream(32, copied)
 
-STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x', 'superres_25x_tiles'), long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_100000'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
+STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x', 'superres_25x_tiles'), long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_8000_one_layer', 'long_ours_100000_one_layer'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
 
 def measure(step):
     out = subprocess.run([sys.executable, __file__, '--step', step], capture_output=True, text=True)
