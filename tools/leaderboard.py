@@ -5,10 +5,10 @@
     HISTOGENE_DATA=... python tools/leaderboard.py runs 1 2     HisToGene and ST-Net alone, with these seeds
 
 Sections and patients are left out in turn. `runs` keeps predictions; folds that are there already are not done again.
-HisToGene and ST-Net, which take hours, run two folds at a time through Ray, one thread each: on two cores faster than one after the other.
+HisToGene and ST-Net, which take hours, run two folds at a time through Ray, one thread each.
 The tables are written after each part. What they hold of other methods, folds and seeds stays.
 """
-import shutil, sys, time
+import sys, time
 from functools import cache, partial
 from pathlib import Path
 import pandas as pd
@@ -40,7 +40,8 @@ def write_table(table, name, keys):
     path = results/f'{name}.csv'
     if path.is_file():
         old = pd.read_csv(path, float_precision='round_trip')
-        table = pd.concat([old[~old.set_index(keys).index.isin(table.set_index(keys).index)], table])
+        kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
+        table = pd.DataFrame(kept.to_dict('records') + table.to_dict('records'))
     table.to_csv(path, index=False)
 
 def write(out):
@@ -67,4 +68,7 @@ def main(folder, *parts):
         write(out)
     print(provenance('tools/leaderboard.py', start))
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__':
+    folder, *parts = sys.argv[1:] or sys.exit(__doc__)
+    if wrong := [p for p in parts if p != 'fast' and not p.isdecimal()]: sys.exit(f'{", ".join(wrong)}: a part is fast, or the number of a seed.\n\n{__doc__}')
+    main(folder, *parts)
