@@ -25,7 +25,7 @@ from .expression import normalize, read_panel, select_panel
 from .model import HisToGene, from_pretrained, save_pretrained
 from .position import another_array, array_steps, fit_grid
 from .training import default_device, fit, plot_losses, predict, processes, run_model, train
-from .crossval import _minutes, baselines, cross_validate, histogene, provenance, ridges, stnet, texture, write_h5ad, write_tables
+from .crossval import baselines, cross_validate, duration, histogene, provenance, ridges, stnet, texture, write_h5ad, write_tables
 from .superres import predict_image, predict_superres, recover_spots
 from .texture import train_texture
 from tqdm.auto import tqdm
@@ -375,4 +375,4 @@ def histogene_reproduce(
     done = cross_validate(read, catalogue, {m: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
                           cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus, command=command)
     write_tables(out, out/'tables', read, gene_sets or ({k: g.split() for k,g in GENES.items()} if synthetic else None))
-    print(f'{len(done)} folds in {_minutes(time.perf_counter() - start)}; tables in {out/"tables"}')
+    print(f'{len(done)} folds in {duration(time.perf_counter() - start)}; tables in {out/"tables"}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fold_name', 'baselines', 'attention_shares', 'histogene', 'stnet', 'ridges', 'texture', 'provenance', 'write_h5ad',
-           'score', 'run_fold', 'seconds_left', 'cross_validate', 'fold_names', 'write_tables', 'read_tables',
-           'correlations', 'map_section']
+           'score', 'run_fold', 'duration', 'seconds_left', 'cross_validate', 'fold_names', 'finished_folds',
+           'mean_measures', 'write_tables', 'read_tables', 'correlations', 'map_section']
 
 # %% ../nbs/library/11_crossval.ipynb #af1aaea7
 import io, json, os, shutil, sys, time
@@ -129,7 +129,7 @@ def ridges(
     known, textures, predicted = [normalize(s, panel, normalization) for s in training], Textures(load_lite0()), []
     for name,see in {'ridge on colours': partial(colour_numbers, cache=cache), 'ridge on textures': lambda s: texture_numbers(textures, s, size=size, cache=cache, views=views).numpy()}.items():
         numbers = [see(s) for s in training]
-        predicted += [ev._as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known[0], name) for s in test]
+        predicted += [ev.as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known[0], name) for s in test]
     return predicted, {}
 
 def texture(
@@ -303,7 +303,11 @@ def _same_run(out, settings):
         new['methods'] = {**old['methods'], **new['methods']}
     with whole_file(file) as part: part.write_text(json.dumps(new, indent=1), encoding='utf-8')
 
-def _minutes(seconds): return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
+def duration(
+    seconds:float, # to say
+)->str: # as '42 s', '7 min' or '2.5 h'
+    "A time in the unit that suits it"
+    return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
 
 def seconds_left(
     todo:list, # of (method, training spots) of the folds still to do
@@ -362,7 +366,7 @@ def cross_validate(
             done[key] = found
             r = ', '.join(f"{method} {mean:.3f}" for method,mean in pd.DataFrame(found['mean_r']).groupby('method', sort=False)['mean'].mean().items())
             left = seconds_left([(k[0], spots[k]) for k in tasks if k not in done], list(done.values()))/at_once
-            print(f"{key[0]}, {key[1]} left out, seed {key[2]}: mean r {r}; {_minutes(found['seconds'])}. {len(done)} of {len(tasks)} done" + ('' if len(done) == len(tasks) else ', time left not known yet' if np.isnan(left) else f', about {_minutes(left)} left'), flush=True)
+            print(f"{key[0]}, {key[1]} left out, seed {key[2]}: mean r {r}; {duration(found['seconds'])}. {len(done)} of {len(tasks)} done" + ('' if len(done) == len(tasks) else ', time left not known yet' if np.isnan(left) else f', about {duration(left)} left'), flush=True)
         if len(done) < len(tasks): print(f'{len(tasks) - len(done)} folds did not fit into the budget of {budget:g} h; give the same call again to go on')
     return [done[k] for k in tasks if k in done]
 
@@ -402,8 +406,10 @@ def fold_names(
     "The folds of a split, by name"
     return [fold_name(test) for _,_,test in leave_one_out(pd.DataFrame(dict(patient=sections)), by)]
 
-def _folds(run):
-    "fold.json's contents of all finished folds of a run, and their folders"
+def finished_folds(
+    run:str|Path, # folder of a run
+)->list: # dicts, what fold.json holds and the fold's folder
+    "The folds of a run that are done"
     files = sorted(Path(run).glob('*/fold.json'))
     if not files: raise InputError(f'{run}: no fold is finished here. Give the folder of a run (cross_validate, histogene_reproduce).')
     return [{**_finished(f), 'folder': f.parent} for f in files]
@@ -422,7 +428,9 @@ def _best_genes(tables, n=4):
     "The best genes of each method, by the paper's ranking over sections"
     return sorted({g for m,by in correlations(tables).items() if _has_r(by) for g in ev.rank_genes(by).index[:n]})
 
-def _measures(folds):
+def mean_measures(
+    folds:list, # from `finished_folds`
+)->pd.DataFrame: # a row a method, fold, section and seed
     "What r and the measures beyond it say of each method in each section, as means over genes"
     scores = pd.concat([_scores(f['folder']).assign(fold=fold_name(f['test']), seed=f['seed']) for f in folds])
     scores['better_than_mean'] = (scores.relative_error < 1).astype(float)
@@ -437,9 +445,9 @@ def write_tables(
     gene_sets=None, # pathways for figure 2b, see `enrich_pathways`; without them, that table is left out
 ):
     "The small part of a run that the figures are drawn from"
-    folds, folder = _folds(run), Path(folder)
+    folds, folder = finished_folds(run), Path(folder)
     known = _begun(Path(run)/'run.json')
-    tables = dict(run=known, r=_wide(folds), measures=_measures(folds))
+    tables = dict(run=known, r=_wide(folds), measures=mean_measures(folds))
     tables['folds'] = pd.DataFrame([{**{k: v for k,v in f.items() if k not in (*_LISTS, 'folder')}, 'fold': fold_name(f['test'])} for f in folds])
     tables['attention'] = pd.DataFrame([{**row, 'fold': fold_name(f['test']), 'seed': f['seed']} for f in folds for row in f.get('attention', [])])
     tables['clusters'], tables['maps'] = _maps(folds, tables, read)

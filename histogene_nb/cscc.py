@@ -12,7 +12,7 @@ import pandas as pd, pooch, requests
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
-from .sections import InputError, _find, _join, check_counts, new_section, section_name, whole_file
+from .sections import InputError, check_counts, find_file, join_counts, new_section, section_name, whole_file
 
 # %% ../nbs/library/13_cscc.ipynb #d167c753
 def cscc_catalogue(
@@ -58,10 +58,10 @@ def read_cscc(
 )->AnnData: # the spots under tissue
     "Read one section of the cSCC series (paper: Supplementary Note 1)"
     root, patient = Path(root), _section(name).patient
-    counts = _find(root, name, 'counts', f'*_{name}_stdata.tsv', f'*_{name}_stdata.tsv.gz')
-    spots = _find(root, name, 'spot file', f'*spot_data-selection-{name}.tsv', f'*spot_data-selection-{name}.tsv.gz')
-    joined, _, left_out = _join(counts, spots)
-    section = new_section(**joined, name=name, patient=patient, image_path=_find(root, name, 'image', f'*_{name}.jpg', needed=False),
+    counts = find_file(root, name, 'counts', f'*_{name}_stdata.tsv', f'*_{name}_stdata.tsv.gz')
+    spots = find_file(root, name, 'spot file', f'*spot_data-selection-{name}.tsv', f'*spot_data-selection-{name}.tsv.gz')
+    joined, _, left_out = join_counts(counts, spots)
+    section = new_section(**joined, name=name, patient=patient, image_path=find_file(root, name, 'image', f'*_{name}.jpg', needed=False),
                           spot_diameter=spot_diameter, source='cutaneous squamous cell carcinoma, GSE144240')
     section.uns['histogene'].update(left_out)
     if verbose: print(f'{name}: {len(section)} spots under tissue, {left_out["counts_without_spot"]} beside it; {left_out["spots_without_counts"]} selected without counts; {section.n_vars} genes')

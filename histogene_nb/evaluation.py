@@ -36,8 +36,11 @@ def _neg_log10_p(r, # (genes,) correlations
 def _dense(adata): return np.asarray(adata.X.todense() if sparse.issparse(adata.X) else adata.X, dtype=np.float64)
 
 # %% ../nbs/library/09_evaluation.ipynb #16fffe0a
-def _aligned(observed, predicted):
-    "`observed` and `predicted` as float64 arrays of the same spots and genes in the order of `observed`"
+def aligned(
+    observed:ad.AnnData, # spots x genes
+    predicted:ad.AnnData, # the same spots and genes, in any order
+)->tuple: # float64 (n, genes) of each, in the order of `observed`
+    "Observed and predicted expression side by side; `InputError` where a spot or a gene is in one of them only, or a value is not finite"
     for what,o,p in (('spot', observed.obs_names, predicted.obs_names), ('gene', observed.var_names, predicted.var_names)):
         for names,side in ((o,'observed'), (p,'predicted')):
             if not names.is_unique: raise InputError(
@@ -62,7 +65,7 @@ def gene_correlations(observed:ad.AnnData, # normalised expression (n spots, gen
                      )->pd.DataFrame: # one row per gene: r, p, neg_log10_p, n (spots), status
     """Pearson's r over spots between observed and predicted expression, gene by gene, with its two-sided p-value.
     Where r does not exist it is NaN, and `status` says why (paper: Results, Figures 2a and 3)"""
-    obs,pred = _aligned(observed, predicted)              # (n, genes) both
+    obs,pred = aligned(observed, predicted)              # (n, genes) both
     n = len(obs)
     a,b = obs-obs.mean(0), pred-pred.mean(0)              # (n, genes) both
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -96,8 +99,13 @@ def summarize(correlations:pd.DataFrame, # from `gene_correlations`
     return {k: int(v) if k.startswith('n_') else float(v) for k,v in row.items()}
 
 # %% ../nbs/library/09_evaluation.ipynb #cb8cd3f3
-def _as_prediction(section, values, train, method):
-    "`values` (n, genes) at the spots of `section` as a predicted AnnData with the genes and the scale of `train`"
+def as_prediction(
+    section:ad.AnnData, # whose spots were predicted
+    values:np.ndarray, # (n, genes)
+    train:list, # AnnData, the training sections' expression: the genes and the scale
+    method:str, # what made the values
+)->ad.AnnData: # spots x genes
+    "Predicted values as a section"
     facts = {**section.uns.get('histogene', {}), 'predicted_by': method}
     facts |= {k: v for k,v in train[0].uns.get('histogene', {}).items() if k in ('normalization', 'unit')}
     return ad.AnnData(np.float32(values), obs=section.obs.copy(), var=pd.DataFrame(index=train[0].var_names),
@@ -119,7 +127,7 @@ def mean_baseline(train:list, # training sections, normalised (`normalize`), all
                  )->ad.AnnData: # predicted expression (n, panel): at every spot the mean over all training spots
     "The training mean of each gene, at every spot: the best prediction that is the same everywhere"
     mean = _pool(train).mean(0)                           # (genes,)
-    return _as_prediction(section, np.tile(mean, (section.n_obs, 1)), train, 'training mean')
+    return as_prediction(section, np.tile(mean, (section.n_obs, 1)), train, 'training mean')
 
 # %% ../nbs/library/09_evaluation.ipynb #07664214
 def _array(section): return section.obs[['array_col', 'array_row']].to_numpy(dtype=float)
@@ -133,7 +141,7 @@ def position_baseline(train:list, # training sections, normalised (`normalize`),
     expression = _pool(train)                             # (training spots, genes)
     here,there = _array(section), np.concatenate([_array(t) for t in train])
     d2 = ((here[:,None]-there[None])**2).sum(-1)          # (n, training spots)
-    return _as_prediction(section, softmax(-d2/(2*bandwidth**2), axis=1) @ expression, train, 'position only')
+    return as_prediction(section, softmax(-d2/(2*bandwidth**2), axis=1) @ expression, train, 'position only')
 
 # %% ../nbs/library/09_evaluation.ipynb #3c9868b5
 def rank_genes(correlations:dict, # section name -> DataFrame from `gene_correlations`

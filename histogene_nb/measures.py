@@ -80,7 +80,7 @@ def gene_measures(
     mean:pd.Series, # the training mean of each gene
 )->pd.DataFrame: # a row per gene: sd_ratio, relative_error, moran
     "What r leaves out: spread and squared error of a prediction, and how smooth it is"
-    Y, P = ev._aligned(observed, predicted)                                                   # (n, genes) both
+    Y, P = ev.aligned(observed, predicted)                                                   # (n, genes) both
     Y0, error = Y - mean[observed.var_names].to_numpy(), lambda d: (d**2).mean(0)
     with np.errstate(invalid='ignore', divide='ignore'):
         out = pd.DataFrame(dict(sd_ratio=P.std(0)/Y.std(0), relative_error=error(P - Y)/error(Y0)), index=observed.var_names)

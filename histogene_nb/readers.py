@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'ARRAY', 'reading', 'image_scale', 'read_report', 'read_visium', 'array_positions', 'read_st',
-           'check_section', 'read_spatialdata', 'read_section']
+           'check_section', 'raw_counts', 'read_spatialdata', 'read_section']
 
 # %% ../nbs/library/19_readers.ipynb #8926e2fe
 import gzip, json, re, warnings
@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import sparse
 from scipy.spatial import cKDTree
 from .cscc import cscc_catalogue, cscc_folder, read_cscc
-from .sections import InputError, _check_pixels, _max_pixels, as_rgb, data_folder, her2st_catalogue, join_report, new_section, open_image, read_her2st, section_name
+from .sections import InputError, as_rgb, check_pixels, check_sparse, data_folder, her2st_catalogue, join_report, max_pixels, new_section, open_image, read_her2st, section_name
 
 # %% ../nbs/library/19_readers.ipynb #5784f455
 @contextmanager
@@ -61,12 +61,6 @@ def _one(folder, what, suffixes, *patterns, needed=True):
     if needed: raise InputError(f'{folder}: the {what} are missing: no file here fits {" or ".join(patterns)}. Check the folder.')
 
 # %% ../nbs/library/19_readers.ipynb #a18f70a9
-def _check_sparse(X):
-    "Raise `ValueError` where a sparse matrix points outside itself"
-    if not sparse.issparse(X): return
-    if any(i.dtype.kind not in 'iu' for i in (X.indices, X.indptr)): raise ValueError('its indices are not whole numbers')   # scipy would make some of NaN, and crash
-    X.check_format(full_check=True)
-
 def _visium_counts(folder):
     "Barcodes x genes of the filtered matrix, with unique names of genes, and how many had to be renamed"
     file = _one(folder, 'counts', ('.h5',), '*filtered_feature_bc_matrix.h5', needed=False)
@@ -74,7 +68,7 @@ def _visium_counts(folder):
     if file is None: raise InputError(f'{folder}: the counts are missing: neither filtered_feature_bc_matrix.h5 nor the folder filtered_feature_bc_matrix is here. Give the folder that spaceranger calls outs.')
     with reading(file, "spaceranger's counts"):
         counts = sc.read_10x_mtx(file, make_unique=False, gex_only=False) if file.is_dir() else sc.read_10x_h5(file, gex_only=False)
-        _check_sparse(counts.X)
+        check_sparse(counts.X, file)
         if 'feature_types' in counts.var: counts = counts[:, counts.var.feature_types == 'Gene Expression'].copy()
     renamed = int(counts.var_names.duplicated().sum())
     counts.var_names = make_index_unique(counts.var_names)
@@ -154,7 +148,8 @@ def read_report(
     image = f'image {Path(path).name}' if path else 'the image in the file' if 'hires' in info['images'] else 'no image'
     scale = '' if h.get('image_scale', 1.) == 1 else f" at {h['image_scale']:.3g} of full resolution"
     wide = f'a spot is {d:.4g} pixels wide' + (', taken as half of the distance between spots' if h.get('diameter_guessed') else '')
-    return '; '.join([join_report(section)] + [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)] + [image + scale, wide])
+    where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
+    return '; '.join([join_report(section)] + where + [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)] + [image + scale, wide])
 
 # %% ../nbs/library/19_readers.ipynb #057885d5
 def _folder_name(folder):
@@ -377,10 +372,25 @@ def check_section(
     section.uns.setdefault('histogene', {})
 
 # %% ../nbs/library/19_readers.ipynb #f52b1df6
+def raw_counts(
+    section:AnnData, # from anywhere
+)->AnnData: # its X holds counts, if any of the three do; uns['histogene']['counts_from'] says which if not X
+    "A section with its counts in X: X's own, or else those kept in `layers['counts']` or in `raw`, as scanpy's users do before they normalise"
+    def whole(X):
+        values = X.data if sparse.issparse(X) else np.asarray(X)
+        return X is not None and bool((values >= 0).all() and (values == np.floor(values)).all())
+    if whole(section.X): return section
+    if whole(section.layers.get('counts')): section.X, found = section.layers['counts'], "layers['counts']"
+    elif section.raw is not None and whole(section.raw.X): section, found = section.raw.to_adata(), 'raw'
+    else: return section
+    section.uns.setdefault('histogene', {})['counts_from'] = found
+    return section
+
 def _settle(section, path, image):
-    "What a file holds as a section: with one image, the spots in tissue and a name for each gene, checked"
-    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp') for m in getattr(section, part).values()), *([section.raw.X] if section.raw else ())): _check_sparse(X)
+    "What a file holds as a section: counts, one image, the spots in tissue and a name for each gene, checked"
+    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp') for m in getattr(section, part).values()), *([section.raw.X] if section.raw else ())): check_sparse(X, path)
     try:
+        section = raw_counts(section)
         h = section.uns.setdefault('histogene', {})
         if renamed := int(section.var_names.duplicated().sum()): h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)
         if 'spatial' in section.uns and 'spatial' in section.obsm: _set_image(section, path, image)
@@ -440,8 +450,8 @@ def _photograph(images, shapes, region, several, where):
         raise InputError(f"{where}: {len(found)} images lie where these spots do: {', '.join(found)}. Begin the name of theirs with {sample}_, or give them a coordinate system of their own.")
     sharpest = sorted((f for fs in found.values() for f in fs), key=lambda f: -abs(np.linalg.det(f[0])))
     if not sharpest: return None, np.eye(3)
-    to_pixels, level = next((f for f in sharpest if f[1].sizes['x']*f[1].sizes['y'] <= _max_pixels()), sharpest[-1])
-    _check_pixels(where, level.sizes['x'], level.sizes['y'])
+    to_pixels, level = next((f for f in sharpest if f[1].sizes['x']*f[1].sizes['y'] <= max_pixels()), sharpest[-1])
+    check_pixels(where, level.sizes['x'], level.sizes['y'])
     pixels = level.transpose('y', 'x', 'c').values
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels, to_pixels
 
@@ -486,7 +496,7 @@ def read_spatialdata(
         width = np.median(2*shapes.radius if 'radius' in shapes else shapes.area**.5)
         spatial = (np.c_[middle.x, middle.y, np.ones(len(shapes))] @ to_pixels.T)[:, :2]
         info = dict(images={} if pixels is None else dict(hires=pixels), scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
-        section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale), uns=dict(spatial={name: info}, histogene=dict(section=name, patient=name, source='a SpatialData store')))
+        section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale), uns=dict(spatial={name: info}, histogene=dict(section=name, patient=name, source='a SpatialData store')), layers=dict(table.layers), raw=table.raw)
         section.uns['histogene']['counts_without_position'] = int((place < 0).sum())
         if not {'array_col', 'array_row'} <= set(section.obs):
             try: section.obs['array_col'], section.obs['array_row'] = array_positions(spatial)[0].T

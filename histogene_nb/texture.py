@@ -16,7 +16,7 @@ from anndata import AnnData
 from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .sections import InputError, section_name
-from .patches import _read_array, _save_array, cache_file
+from .patches import cache_file, read_array, save_array
 from .expression import normalize
 from .model import Block
 from .position import fit_grid
@@ -79,14 +79,14 @@ def texture_numbers(
     centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
     device, shape = next(textures.parameters()).device, (len(centres), 160*len(windows))
     file = _numbers_file(cache, textures, section, centres, windows, size, views) if cache is not None else None
-    if file and (known := _read_array(file, shape, np.float32)) is not None: return known
+    if file and (known := read_array(file, shape, np.float32)) is not None: return known
     out = torch.empty(len(centres), len(windows), 160)
     with torch.no_grad(), kept_memory():
         for j,window in enumerate(windows):
             for start in range(0, len(centres), 2048):                               # all windows of a dense grid at once would fill the memory
                 patches = spot_windows(section, size, window, None, centres[start:start + 2048])
                 for i,batch in zip(range(start, len(centres), 16), patches.split(16)): out[i:i + len(batch), j] = sum(textures(turn_patches(batch.to(device), way)) for way in _WAYS[:views]).cpu()/views
-    if file: _save_array(file, out.flatten(1).numpy())
+    if file: save_array(file, out.flatten(1).numpy())
     return out.flatten(1)
 
 # %% ../nbs/library/16_texture.ipynb #3114afc0

@@ -59,8 +59,8 @@ def sections(draw, n_genes=6, image=None, **kwargs):
     return new_section(kind(counts), genes, [f'{x}x{y}' for x,y in at], xy, *at.T, name, name[0], image, pitch/2, annotation=labels)
 
 def with_image(section, folder):
-    "The section with a white image that is just large enough"
-    size = np.floor(section.obsm['spatial'].max(0)).astype(int) + 1
+    "The section with a white image that is just large enough; spots are up to 30 pixels wide"
+    size = np.maximum(np.floor(section.obsm['spatial'].max(0)).astype(int) + 1, 30)
     Image.new('1', tuple(size), 1).save(folder/'he.png')
     section.uns['spatial'][section_name(section)]['metadata'].update(source_image_path=str(folder/'he.png'), image_width=int(size[0]), image_height=int(size[1]))
     return section
@@ -181,7 +181,7 @@ def test_image_scale(width, height, scale, factor, rounded):
         path = Path(folder)/'he.png'
         Image.new('1', tuple(image)).save(path)
         found = image_scale(path, tuple(size), scale)
-        assert found == pytest.approx(factor, rel=1.1/size.min() + 1.1/image.min()) and (factor < 1 or found == 1)
+        assert found == pytest.approx(factor, rel=2.2/size.min() + 2.2/image.min()) and (factor < 1 or found == 1)    # both are rounded, and 1 is taken where that leaves it possible
         if max(size)*.8 > min(size) + 3 and min(image) > 50:
             Image.new('1', tuple(image[::-1])).save(path)
             with pytest.raises(InputError, match='neither turned nor cropped'): image_scale(path, tuple(size), scale)

@@ -285,6 +285,9 @@ def test_store_refused(sd, tmp_path, photograph):
     refused('2 tables have counts of these spots', read_section, write_store(sd, tmp_path/'b.zarr', (images, shapes, dict(one=table, two=other))))
     halved = table.copy(); halved.X = halved.X/2
     refused('c.zarr: .* is fractional', read_section, write_store(sd, tmp_path/'c.zarr', (images, shapes, dict(table=halved))))
+    halved.layers['counts'] = table.X.copy()
+    kept = read_section(write_store(sd, tmp_path/'kept.zarr', (images, shapes, dict(table=halved))))
+    assert (kept.X != table[kept.obs_names].X).nnz == 0 and kept.uns['histogene']['counts_from'] == "layers['counts']"
     elsewhere = table.copy(); elsewhere.obs['spot_id'] += 10_000
     refused('none of the 625 rows of counts is at one of these 625 spots', read_section, write_store(sd, tmp_path/'d.zarr', (images, shapes, dict(table=elsewhere))))
     cells = table_of(sd, photograph, 2*SIDE, 'V1', array=False)[1]

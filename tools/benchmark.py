@@ -29,21 +29,23 @@ cache = os.environ.get('BENCHMARK_CACHE')
 
 # ---- the straightforward version
 
+def plain_patches(image, centres):
+    "Each spot's patch, cut in a loop"
+    patches = torch.zeros(len(centres), 3*112*112)
+    for i,(x,y) in enumerate(centres): patches[i] = image[x-56:x+56, y-56:y+56].flatten()
+    return patches
+
 def plain_section(root, name, panel):
-    "A section as float32: the whole image, and each spot's patch cut from it in a loop"
+    "A section as float32: the whole image, (x, y, 3), its spots' centres, positions and targets"
     counts = pd.read_csv(gzip.open(root/f'ST-cnts/{name}.tsv.gz'), sep='\t', index_col=0)
     spots = pd.read_csv(root/f'ST-spotfiles/{name}_selection.tsv', sep='\t')
     spots.index = [f'{round(x)}x{round(y)}' for x,y in zip(spots.x, spots.y)]
     joined = counts.join(spots, how='inner')
     Image.MAX_IMAGE_PIXELS = None
-    image = torch.from_numpy(np.array(Image.open(next((root/f'ST-imgs/{name[0]}/{name}').glob('*.jpg')))).astype(np.float32)).permute(1, 0, 2)   # (x, y, 3)
-    patches = torch.zeros(len(joined), 3*112*112)
-    for i,(x,y) in enumerate(zip(joined.pixel_x, joined.pixel_y)):
-        x, y = int(x), int(y)
-        patches[i] = image[x-56:x+56, y-56:y+56].flatten()
+    image = torch.from_numpy(np.array(Image.open(next((root/f'ST-imgs/{name[0]}/{name}').glob('*.jpg')))).astype(np.float32)).permute(1, 0, 2)
     Y = joined[panel].to_numpy(dtype=np.float64)
     Y = np.log10(Y/np.maximum(Y.sum(1, keepdims=True), 1)*1e4 + 1)
-    return image, patches, torch.tensor(joined[['x', 'y']].to_numpy().round().astype(int)), torch.tensor(Y, dtype=torch.float32)
+    return image, joined[['pixel_x', 'pixel_y']].astype(int).to_numpy(), torch.tensor(joined[['x', 'y']].to_numpy().round().astype(int)), torch.tensor(Y, dtype=torch.float32)
 
 class PlainLayer(nn.Module):
     "Attention as softmax of an N x N matrix, then an MLP"
@@ -90,15 +92,19 @@ def memory():
 
 def peak(): return status('VmHWM')
 
-def load_plain():
+def load(section):
+    "Time and peak memory of loading the sections: of all there is in memory, of what came after the imports, and of the process's own, without pages of libraries and other files"
     panel, base, start = the_panel(), memory(), time.perf_counter()
-    sections = [plain_section(data_folder(), n, panel) for n in SECTIONS]
-    return dict(seconds=time.perf_counter() - start, peak_GB=peak(), above_imports_GB=peak() - base, sections=len(sections))
+    with watched() as most: loaded = [section(n, panel) for n in SECTIONS]
+    return dict(seconds=time.perf_counter() - start, peak_GB=peak(), above_imports_GB=peak() - base, own_GB=most['RssAnon'], sections=len(loaded))
 
-def load_ours():
-    panel, base, start = the_panel(), memory(), time.perf_counter()
-    examples = [training_example(read_her2st(data_folder(), n, verbose=False), panel, cache=cache) for n in SECTIONS]
-    return dict(seconds=time.perf_counter() - start, peak_GB=peak(), above_imports_GB=peak() - base, sections=len(examples))
+def load_plain():
+    def section(name, panel):
+        whole = plain_section(data_folder(), name, panel)
+        return whole, plain_patches(*whole[:2])
+    return load(section)
+
+def load_ours(): return load(lambda name, panel: training_example(read_her2st(data_folder(), name, verbose=False), panel, cache=cache))
 
 def flops(lengths, model, training=True):
     "Floating-point operations of the matrix products of one pass over sequences of these lengths; in training also both gradients, but that of the pixels"
@@ -108,15 +114,15 @@ def flops(lengths, model, training=True):
     return 3*forward - 2*n.sum()*weights['patch_embed.weight'] if training else forward
 
 def epoch():
-    "Both versions in turn, so that both meet the same machine"
+    "Both versions in turn, so that both meet the same machine; the straightforward one cuts each section's patches when its turn comes, as the released code does"
     panel = the_panel()
     examples = [training_example(read_her2st(data_folder(), n, verbose=False), panel, cache=cache) for n in SECTIONS]
-    flat = [p.flatten(1).float() for p,_,_ in examples]
+    sections = [plain_section(data_folder(), n, panel) for n in SECTIONS]
     ours, plain = HisToGene(), Plain(len(panel))
     adam = torch.optim.Adam(plain.parameters(), lr=1e-5, foreach=False, fused=False)
     def plain_epoch():
-        for x,(_,pos,y) in zip(flat, examples):
-            loss = F.mse_loss(plain(x[None], pos[None])[0], y)
+        for image,centres,positions,targets in sections:
+            loss = F.mse_loss(plain(plain_patches(image, centres)[None], positions[None])[0], targets)
             adam.zero_grad(); loss.backward(); adam.step()
     times, rows = [], []
     def timed(*args):
@@ -262,7 +268,7 @@ def main(steps):
     for step in steps:
         parts = STEPS[step]
         result[step] = {'command': f'python tools/benchmark.py {step}', **made_by, **({s: found[s] for s in parts} if len(parts) > 1 else found[parts[0]])}
-        if step in ('load', 'superres'): result[step]['ours over plain'] = {k: found[parts[1]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB', 'above_imports_GB') if k in found[parts[0]]}
+        if step in ('load', 'superres'): result[step]['ours over plain'] = {k: found[parts[1]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB', 'above_imports_GB', 'own_GB') if k in found[parts[0]]}
     RESULT.write_text(json.dumps(result, indent=1, default=float) + '\n')
     print(json.dumps({s: result[s] for s in steps}, indent=1, default=float))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import histogene_nb
 from histogene_nb.commands import reader
-from histogene_nb.crossval import _folds, _measures, baselines, cross_validate, fold_name, histogene, provenance, ridges, stnet, texture
+from histogene_nb.crossval import baselines, cross_validate, finished_folds, fold_name, histogene, mean_measures, provenance, ridges, stnet, texture
 from histogene_nb.expression import read_panel
 from histogene_nb.sections import data_folder, her2st_catalogue, read_her2st
 
@@ -46,9 +46,9 @@ def write_table(table, name, keys):
 
 def write(out):
     "The tables of all folds that are done"
-    folds = _folds(out)
+    folds = finished_folds(out)
     results.mkdir(exist_ok=True)
-    write_table(_measures(folds).round(5), 'measures', ['method', 'fold', 'section', 'seed'])
+    write_table(mean_measures(folds).round(5), 'measures', ['method', 'fold', 'section', 'seed'])
     kept = ('method', 'seed', 'rank', 'alpha', 'parameters', 'n_training_spots', 'seconds', 'peak_memory_GB', 'command', 'histogene_nb', 'torch', 'device', 'threads', 'date')
     write_table(pd.DataFrame([{'fold': fold_name(f['test']), **{k: f.get(k) for k in kept}} for f in folds]), 'folds', ['method', 'fold', 'seed'])
     inner = [pd.DataFrame(f['inner_folds']).melt(['rank', 'alpha'], var_name='left_out', value_name='r').assign(fold=fold_name(f['test'])) for f in folds if f['method'] == 'texture' and f['seed'] == 0 and f['inner_folds']]

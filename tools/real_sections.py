@@ -1,11 +1,12 @@
 """The main job on real sections: train on B4, C2, C4, C5, predict C3 at spots and 4x; results go into the package.
 
     HISTOGENE_DATA=... python tools/real_sections.py runs
+    HISTOGENE_DATA=... python tools/real_sections.py reference    only the numbers to compare with, from reference/numbers.md beside the data
 
 Full-size model, published 785-gene panel, 100 epochs; once with pixels centred (the default) and once raw, as the released code
 has them. `runs` keeps models and predictions; what is there already is not done again, an interrupted training goes on.
 """
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import anndata as ad, pandas as pd
 import histogene_nb
@@ -15,7 +16,14 @@ results = Path(histogene_nb.__file__).parent/'results'
 
 def run(*args): subprocess.run([str(Path(sys.executable).parent/args[0]), *args[1:]], check=True)
 
+def reference():
+    "Mean r of one run of the released code, where that was run"
+    found = re.findall(r'^\| ([A-H]\d)[^|]*\| (0\.\d+) \|', (data_folder().parent/'reference'/'numbers.md').read_text(), re.M)
+    rows = [('released code, trained on the other four', s, float(r), 'one run of the released code, 8 layers, 100 epochs, its own normalisation') for s,r in found]
+    pd.DataFrame(rows, columns=['what', 'section', 'mean_r', 'source']).to_csv(results/'reference.csv', index=False)
+
 def main(folder):
+    reference()
     panel = (data_folder().parent/'reference'/'published_panel_785.csv').read_text()
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.chdir(folder)                                             # commands, as they are kept with the results, then hold no path
@@ -44,4 +52,4 @@ def main(folder):
         place = pd.DataFrame(a.obsm['spatial'], columns=['x', 'y'], index=a.obs_names).round(2)
         place.join(a[:, top].to_df().round(4)).to_csv(results/f'real_C3_maps_{superres}x.csv', index_label='spot')
 
-if __name__ == '__main__': main(sys.argv[1])
+if __name__ == '__main__': reference() if sys.argv[1] == 'reference' else main(sys.argv[1])
