@@ -129,7 +129,7 @@ def ridges(
     known, textures, predicted = [normalize(s, panel, normalization) for s in training], Textures(load_lite0()), []
     for name,see in {'ridge on colours': partial(colour_numbers, cache=cache), 'ridge on textures': lambda s: texture_numbers(textures, s, size=size, cache=cache, views=views).numpy()}.items():
         numbers = [see(s) for s in training]
-        predicted += [ev.as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known[0], name) for s in test]
+        predicted += [ev.as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known, name) for s in test]
     return predicted, {}
 
 def texture(
@@ -409,7 +409,7 @@ def fold_names(
 def finished_folds(
     run:str|Path, # folder of a run
 )->list: # dicts, what fold.json holds and the fold's folder
-    "The folds of a run that are done"
+    "The folds of a run that are done; `InputError` if there is none"
     files = sorted(Path(run).glob('*/fold.json'))
     if not files: raise InputError(f'{run}: no fold is finished here. Give the folder of a run (cross_validate, histogene_reproduce).')
     return [{**_finished(f), 'folder': f.parent} for f in files]

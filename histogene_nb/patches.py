@@ -94,7 +94,7 @@ def read_array(
     file:Path, # from `save_array`
     shape:tuple, # that the array should have
     dtype:type, # and its type
-)->torch.Tensor|None: # mapped from the file; None where it is damaged or of another shape: then it is made again
+)->torch.Tensor|None: # mapped from the file; None where there is none, or it is damaged or of another shape: then it is made again
     "A kept array"
     if not file.is_file(): return None
     try: found = np.load(file, mmap_mode='c', allow_pickle=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'ARRAY', 'reading', 'image_scale', 'read_report', 'read_visium', 'array_positions', 'read_st',
-           'check_section', 'raw_counts', 'read_spatialdata', 'read_section']
+           'check_section', 'read_spatialdata', 'read_section']
 
 # %% ../nbs/library/19_readers.ipynb #8926e2fe
 import gzip, json, re, warnings
@@ -372,25 +372,23 @@ def check_section(
     section.uns.setdefault('histogene', {})
 
 # %% ../nbs/library/19_readers.ipynb #f52b1df6
-def raw_counts(
-    section:AnnData, # from anywhere
-)->AnnData: # its X holds counts, if any of the three do; uns['histogene']['counts_from'] says which if not X
-    "A section with its counts in X: X's own, or else those kept in `layers['counts']` or in `raw`, as scanpy's users do before they normalise"
+def _counts_in_X(section, path):
+    "What was just read, with counts in X: its own, or else those in `layers['counts']` or `raw`, where scanpy's users keep them before they normalise; all its matrices checked first"
+    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp') for m in getattr(section, part).values()), *([section.raw.X] if section.raw else ())): check_sparse(X, path)
     def whole(X):
         values = X.data if sparse.issparse(X) else np.asarray(X)
-        return X is not None and bool((values >= 0).all() and (values == np.floor(values)).all())
+        return X is not None and bool((np.isfinite(values) & (values >= 0) & (values == np.floor(values))).all())
+    section.uns.setdefault('histogene', {}).pop('counts_from', None)
     if whole(section.X): return section
-    if whole(section.layers.get('counts')): section.X, found = section.layers['counts'], "layers['counts']"
+    if whole(section.layers.get('counts')): section.X, found = section.layers.pop('counts'), "layers['counts']"
     elif section.raw is not None and whole(section.raw.X): section, found = section.raw.to_adata(), 'raw'
     else: return section
-    section.uns.setdefault('histogene', {})['counts_from'] = found
+    section.uns['histogene']['counts_from'] = found
     return section
 
 def _settle(section, path, image):
-    "What a file holds as a section: counts, one image, the spots in tissue and a name for each gene, checked"
-    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp') for m in getattr(section, part).values()), *([section.raw.X] if section.raw else ())): check_sparse(X, path)
+    "What a file holds as a section: with one image, the spots in tissue and a name for each gene, checked"
     try:
-        section = raw_counts(section)
         h = section.uns.setdefault('histogene', {})
         if renamed := int(section.var_names.duplicated().sum()): h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)
         if 'spatial' in section.uns and 'spatial' in section.obsm: _set_image(section, path, image)
@@ -403,7 +401,7 @@ def _settle(section, path, image):
     return section
 
 def _read_h5ad(path, image):
-    with reading(path, 'an .h5ad file'): return _settle(ad.read_h5ad(path), path, image)
+    with reading(path, 'an .h5ad file'): return _settle(_counts_in_X(ad.read_h5ad(path), path), path, image)
 
 # %% ../nbs/library/19_readers.ipynb #73676196
 def _store(path):
@@ -488,16 +486,17 @@ def read_spatialdata(
         region, table = _chosen(path, store, counted)
         name, shapes, attrs = name or region, data.shapes[region], table.uns['spatialdata_attrs']
         pixels, to_pixels = _photograph(data.images, shapes, region, len(counted) > 1, path)
+        table = _counts_in_X(table, path)
         table = table[(table.obs[attrs['region_key']] == region).to_numpy()]
         place = shapes.index.get_indexer(table.obs[attrs['instance_key']])
         if not (place >= 0).any(): raise InputError(f'{path}: none of the {len(table)} rows of counts is at one of these {len(shapes)} spots.')
-        table, shapes = table[place >= 0], shapes.iloc[place[place >= 0]]
+        table, shapes = table[place >= 0].copy(), shapes.iloc[place[place >= 0]]
         middle, scale = shapes.geometry.centroid, abs(np.linalg.det(to_pixels))**.5
         width = np.median(2*shapes.radius if 'radius' in shapes else shapes.area**.5)
         spatial = (np.c_[middle.x, middle.y, np.ones(len(shapes))] @ to_pixels.T)[:, :2]
         info = dict(images={} if pixels is None else dict(hires=pixels), scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
-        section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale), uns=dict(spatial={name: info}, histogene=dict(section=name, patient=name, source='a SpatialData store')), layers=dict(table.layers), raw=table.raw)
-        section.uns['histogene']['counts_without_position'] = int((place < 0).sum())
+        section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale), uns=dict(spatial={name: info}, histogene=dict(section=name, patient=name, source='a SpatialData store')))
+        section.uns['histogene'].update({k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'}, counts_without_position=int((place < 0).sum()))
         if not {'array_col', 'array_row'} <= set(section.obs):
             try: section.obs['array_col'], section.obs['array_row'] = array_positions(spatial)[0].T
             except InputError as e: raise InputError(f'{path}: {e}') from e

@@ -64,7 +64,7 @@ def whole_file(
 
 # %% ../nbs/library/00_sections.ipynb #46421ac1
 def max_pixels()->int: # `HISTOGENE_MAX_PIXELS`, or 500 million: 2 GB, at four bytes each
-    "How many pixels the largest image has that is decoded whole"
+    "How many pixels the largest image has that is decoded whole; `InputError` where the variable is no number"
     given = os.environ.get('HISTOGENE_MAX_PIXELS', '500e6')
     try: return int(float(given))
     except (ValueError, OverflowError) as e: raise InputError(f'HISTOGENE_MAX_PIXELS is {given!r}. Give a number of pixels, such as 500e6.') from e
@@ -305,7 +305,7 @@ def check_sparse(
     X, # a matrix, dense ones are left alone
     where:str|Path, # what it is of, for the message
 ):
-    "Raise `InputError` where a sparse matrix points outside itself, at which scipy would crash"
+    "Raise `InputError` where a compressed or COO matrix points outside itself, at which scipy would crash"
     if not sparse.issparse(X): return
     try:
         if X.format == 'coo': sparse.coo_matrix((X.data, (X.row, X.col)), X.shape)
@@ -579,7 +579,7 @@ def find_file(
     *patterns:str, # of its path within `root`; the first that any file fits is taken
     needed:bool=True, # whether it is an error if there is none
 )->Path|None: # None if there is none and none is needed
-    "The one file of a section that fits a pattern"
+    "The one file of a section that fits a pattern; `InputError` where several do, or none does that is needed"
     found = next((f for p in patterns if (f := sorted(root.glob(p)))), [])
     if len(found) > 1:
         raise InputError(f'{found[0].parent}: {len(found)} files could be the {what} of {name}: {[f.name for f in found]}. '
@@ -617,7 +617,7 @@ def join_report(
 def join_counts(
     counts_file:Path, # spots x genes, rows named by position, '10x13'
     spot_file:Path, # columns x, y, pixel_x, pixel_y
-)->tuple: # counts, genes, spots and positions as `new_section` takes them; the spots as an index; how many were left out, and why
+)->tuple: # dict of what `new_section` takes: counts, genes, spots, positions; the spots as an index; dict of how many were left out, by why
     "Counts and positions of the spots that have both"
     ids, genes, X = _read_counts(counts_file)
     counted, rounded = _grid(*zip(*(i.partition('x')[::2] for i in ids)), counts_file)

@@ -288,6 +288,8 @@ def test_store_refused(sd, tmp_path, photograph):
     halved.layers['counts'] = table.X.copy()
     kept = read_section(write_store(sd, tmp_path/'kept.zarr', (images, shapes, dict(table=halved))))
     assert (kept.X != table[kept.obs_names].X).nnz == 0 and kept.uns['histogene']['counts_from'] == "layers['counts']"
+    halved.layers['counts'].indices[0] = 10**6
+    refused('damaged.zarr: its sparse matrix is damaged', read_section, write_store(sd, tmp_path/'damaged.zarr', (images, shapes, dict(table=halved))))
     elsewhere = table.copy(); elsewhere.obs['spot_id'] += 10_000
     refused('none of the 625 rows of counts is at one of these 625 spots', read_section, write_store(sd, tmp_path/'d.zarr', (images, shapes, dict(table=elsewhere))))
     cells = table_of(sd, photograph, 2*SIDE, 'V1', array=False)[1]

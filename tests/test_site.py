@@ -76,7 +76,7 @@ def test_what_is_folded(site):
     "Code of private names alone is folded, with its names; all other exported code is open."
     folds = [f for p in site.rglob('*.html') for f in re.findall(r'<details( open="")? class="code-fold">\s*<summary>(Exported source[^<]*)', p.read_text(encoding='utf-8'))]
     assert all(bool(is_open) == (summary == 'Exported source') for is_open,summary in folds)
-    assert ('', 'Exported source: _max_pixels, _check_pixels') in folds and not [s for _,s in folds if re.search(r'[:,] ([^_]|$)', s)]
+    assert ('', 'Exported source: _counts_in_X, _settle, _read_h5ad') in folds and not [s for _,s in folds if re.search(r'[:,] ([^_]|$)', s)]
 
 @pytest.mark.parametrize('html, fault', [
     ('<a href="gone.html">', 'gone.html is not there'),
