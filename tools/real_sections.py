@@ -18,9 +18,9 @@ def run(*args): subprocess.run([str(Path(sys.executable).parent/args[0]), *args[
 
 def reference():
     "Mean r of one run of the released code, where that was run"
-    table = (data_folder().parent/'reference'/'numbers.md').read_text().split("| test section | authors' code")[1].split('\n\n')[0]
+    table = (data_folder().parent/'reference'/'numbers.md').read_text().partition("| test section | authors' code")[2].partition('\n\n')[0]
     found = re.findall(r'^\| ([A-H]\d)[^|]*\| (-?\d\.\d+) \|', table, re.M)
-    assert found, 'no section with a number in the table of the authors\' code'
+    if not found: sys.exit("reference/numbers.md beside the data: there is no table that begins with 'test section' and 'authors' code', or no number in it. Copy the file again.")
     rows = [('released code, trained on the other four', s, float(r), 'one run of the released code, 8 layers, 100 epochs, its own normalisation') for s,r in found]
     pd.DataFrame(rows, columns=['what', 'section', 'mean_r', 'source']).to_csv(results/'reference.csv', index=False)
 
@@ -54,4 +54,6 @@ def main(folder):
         place = pd.DataFrame(a.obsm['spatial'], columns=['x', 'y'], index=a.obs_names).round(2)
         place.join(a[:, top].to_df().round(4)).to_csv(results/f'real_C3_maps_{superres}x.csv', index_label='spot')
 
-if __name__ == '__main__': reference() if sys.argv[1] == 'reference' else main(sys.argv[1])
+if __name__ == '__main__':
+    if len(sys.argv) != 2: sys.exit(__doc__)
+    reference() if sys.argv[1] == 'reference' else main(sys.argv[1])
