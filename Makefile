@@ -6,12 +6,13 @@ WORKERS ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test docs quarto sync clean
+.PHONY: help demo test quick docs quarto sync clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train on synthetic tissue, predict a held-out section, write histogene_demo/report.html"
 	@echo "make test    run every notebook and every test"
+	@echo "make quick   the short tests, while working; they say what they leave out"
 	@echo "make docs    build the site into _docs/, without Quarto"
 	@echo "make quarto  build the site with Quarto, where that is installed"
 	@echo "make sync    library, README.md and exercises from the notebooks, the cell for Colab in each, notebooks cleaned"
@@ -44,8 +45,13 @@ demo: $(VENV)/.runtime
 	$(BIN)/histogene_demo --out histogene_demo
 
 # What a test writes is deleted once it has passed
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup -o tmp_path_retention_policy=failed
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup -o tmp_path_retention_policy=failed
+	$(PYTEST)
+
+quick: $(VENV)/.dev
+	$(PYTEST) --quick
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_site.py

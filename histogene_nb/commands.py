@@ -11,24 +11,10 @@ import functools, inspect, io, json, os, shlex, sys, time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-import anndata as ad, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore import script
 from fastcore.script import call_parse
 from typing import Annotated
-import histogene_nb
-from . import evaluation as ev
-from .sections import InputError, add_hires, download_her2st, image_mpp, released_sections, section_name, whole_file
-from .cscc import cscc_catalogue, cscc_folder, download_cscc
-from .readers import read_section, reading
-from .tissue import GENES, synthetic_section
-from .expression import normalize, read_panel, select_panel
-from .model import HisToGene, from_pretrained, save_pretrained
-from .position import another_array, array_steps, fit_grid
-from .training import default_device, fit, plot_losses, predict, processes, run_model, train
-from .crossval import baselines, cross_validate, duration, histogene, provenance, ridges, stnet, texture, write_h5ad, write_tables
-from .superres import predict_image, predict_superres, recover_spots
-from .texture import train_texture
-from tqdm.auto import tqdm
+from .files import InputError, look_for, model_files, published_sections, whole_file
 
 # %% ../nbs/library/12_commands.ipynb #4dff0701
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
@@ -49,11 +35,11 @@ def _dashes(args): # --spot-diameter and --spot_diameter are the same: fastcore 
 if Path(sys.argv[0]).stem in ('histogene_demo', 'histogene_download', 'histogene_train', 'histogene_predict', 'histogene_plot', 'histogene_reproduce'): sys.argv[1:] = _dashes(sys.argv[1:])
 
 def _shell(func):
-    "In a shell, end `func` with one line where the user can mend what is wrong"
+    "In a shell, end `func` with one line where the user can put right what is wrong"
     @functools.wraps(func)
     def run(*args, **kwargs):
         if not _typed(func.__name__): return func(*args, **kwargs)
-        rank, name = processes()[0], func.__name__
+        rank, name = int(os.environ.get('RANK', 0)), func.__name__                          # of torchrun's processes
         try:
             with redirect_stdout(io.StringIO() if rank else sys.stdout): return func(*args, **kwargs)
         except InputError as e: sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {" ".join(str(e).splitlines())}')
@@ -74,6 +60,9 @@ def histogene_download(
     images:bool=True, # The full-resolution images too
 ):
     "Download HER2+ breast cancer sections, or the cSCC series"
+    if list(sections or ()) != ['cscc']: published_sections(sections or ())
+    from histogene_nb.cscc import download_cscc
+    from histogene_nb.sections import download_her2st
     if list(sections or ()) == ['cscc']: print('cSCC data in', download_cscc(root, None, images))
     else: print('HER2+ data in', download_her2st(root, sections or None, images))
 
@@ -83,16 +72,16 @@ def histogene_download(
 def histogene_train(
     sections:_words('Sections to train on: names such as B4 C2, or paths of .h5ad files, Visium folders, SpatialData stores, folders of tables', nargs='+'), # names such as B4 C2, or paths for `read_section`
     out:str='model', # Folder for the model; an interrupted training there is continued
-    model:str='HisToGene', # HisToGene; or texture, which chooses its settings itself and trains in a minute or two
+    model:str='HisToGene', # HisToGene; or texture, which chooses its own settings; it looks at each section for minutes, but only once where --cache keeps what it saw
     root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or where histogene_download puts it)
     panel:str=None, # File of genes to predict (default: the paper's rule on these sections)
-    n_top:int=1000, # Panel rule: highly variable genes a section
+    n_top:int=1000, # Panel rule: highly variable genes per section
     min_spots:int=1000, # Panel rule: spots in which a gene must be expressed
     normalization:str='paper', # paper or released
     epochs:int=100, # Passes over the sections
     lr:float=1e-5, # Learning rate
     seed:int=0, # Seed of weights, order and dropout
-    dim:int=1024, # Features a spot
+    dim:int=1024, # Features per spot
     depth:int=8, # Attention layers
     heads:int=16, # Attention heads
     dropout:float=.1, # Dropout
@@ -101,18 +90,19 @@ def histogene_train(
     augment:bool=False, # Turn and flip patches
     device:str=None, # cpu, cuda or mps (default: the best there is)
     every:int=10, # Epochs between checkpoints
-    batch:int=1, # Sections a step; the processes of torchrun share them
-    array_from:_words('Texture model: more sections on arrays of the same make; their counts alone teach what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
+    batch:int=1, # Sections per step; the processes of torchrun share them
+    array_from:_words('Texture model: more sections on arrays of the same make; only their counts are used, to learn what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
 ):
     "Train a model on sections and save it"
     start, out, given = time.perf_counter(), Path(out), dict(locals())
     if model not in ('HisToGene', 'texture'): raise InputError(f'There is no model {model!r}; there are HisToGene and texture.')
     if model != 'texture' and array_from: raise InputError('--array-from is a setting of the texture model. Give --model texture, or leave it out.')
+    for s in [*sections, *(array_from or ())]: look_for(s, root)
     for s in array_from or ():
         if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
     if model == 'texture':
-        if processes()[1] > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
         for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'batch'):
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
     command = _command('histogene_train', sections)
@@ -121,11 +111,18 @@ def histogene_train(
         raise InputError(f'{out}: there is a trained model already, and it is left as it is. Choose another folder with --out, or delete this one.')
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f'{out}: this folder cannot be made ({e.strerror}). Choose another with --out.') from e
+    from histogene_nb.readers import read_section
     data = [read_section(s, root=root) for s in sections]
+    from histogene_nb.crossval import provenance
+    from histogene_nb.expression import read_panel, select_panel
+    from histogene_nb.model import save_pretrained
+    from histogene_nb.training import default_device, processes, train
     n_pos = n_pos or max(64, *(1 + int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in data))
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
     print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {default_device(device)}')
-    if model == 'texture': net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache, array_from=[read_section(s, root=root) for s in array_from or ()])
+    if model == 'texture':
+        from histogene_nb.texture import train_texture
+        net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache, array_from=[read_section(s, root=root) for s in array_from or ()])
     else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
                               dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
@@ -150,21 +147,32 @@ def histogene_predict(
     root:str=None, # Folder of the HER2+ data
     device:str=None, # cpu, cuda or mps (default: the best there is)
     cache:str=None, # Folder that keeps patches (default: none)
-    tile:float=None, # Predict in tiles of so many spot diameters, one after the other (default: all in one sequence)
+    tile:float=None, # Predict in tiles of this many spot diameters, one after the other (default: all in one sequence)
 ):
     "Predict a section's or an image's expression and write it as .h5ad"
-    start, command = time.perf_counter(), _command('histogene_predict', model, section or image)
+    start, results, command = time.perf_counter(), {}, _command('histogene_predict', model, section or image)
     if (section is None) == (image is None): raise InputError('Give either a section or --image FILE.')
     if image is not None and (spot_diameter is None) == (spot_um is None): raise InputError('An image alone needs --spot-diameter, how many of its pixels are as wide as a spot, or --spot-um, how many micrometres that is. Give one of them.')
     if not str(out).endswith('.h5ad'): raise InputError(f'--out names an .h5ad file, not {out}.')
     if section is not None and os.path.realpath(out) == os.path.realpath(section): raise InputError(f'{out}: this is the section itself. Give the prediction another name with --out.')
-    net, results = from_pretrained(model), {}
+    model_files(model)
+    if section is not None: look_for(section, root)
+    from histogene_nb.readers import read_section
+    from histogene_nb.sections import add_hires, image_mpp, section_name
+    measured, mpp = (read_section(section, root=root), None) if image is None else (None, image_mpp(image))
+    from histogene_nb import evaluation as ev
+    from histogene_nb.crossval import provenance, write_h5ad
+    from histogene_nb.expression import normalize
+    from histogene_nb.model import from_pretrained
+    from histogene_nb.position import another_array, array_steps, fit_grid
+    from histogene_nb.superres import predict_image, predict_superres, recover_spots
+    from histogene_nb.training import predict
+    net = from_pretrained(model)
     if image is not None:
-        predicted, mpp = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um), image_mpp(image)
+        predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um)
         d = predicted.uns['histogene']['patch_diameter']
         print(f'1 spot = {d:g} pixels' + (f' = {d*mpp:g} micrometres' if mpp else ''))
     else:
-        measured = read_section(section, root=root)
         if another_array(measured, trained := net.about.get('grid')):
             steps = [' x '.join(f'{s:.2f}' for s in array_steps(g)) for g in (fit_grid(measured), trained)]
             print(f'{section}: this array counts in steps of {steps[0]} spot diameters, those of training in {steps[1]}; positions are places, in the steps of training')
@@ -190,8 +198,10 @@ def histogene_predict(
 # %% ../nbs/library/12_commands.ipynb #b10b0c02
 def _read_prediction(path):
     "What `histogene_predict` wrote"
+    import anndata as ad
+    from histogene_nb.readers import reading
     with reading(Path(path), 'an .h5ad file'): found = ad.read_h5ad(path)
-    if 'predicted_by' not in found.uns.get('histogene', {}): raise InputError(f'{path}: this is no prediction. Give files that histogene_predict wrote; what was measured goes to --section.')
+    if 'predicted_by' not in found.uns.get('histogene', {}): raise InputError(f'{path}: this is not a prediction. Give files that histogene_predict wrote; what was measured belongs in --section.')
     return found
 
 @call_parse
@@ -207,13 +217,21 @@ def histogene_plot(
     kind = Path(out).suffix.lower()[1:]
     if kind not in ('png', 'pdf', 'svg'): raise InputError(f'--out names a .png, .pdf or .svg file, not {out}.')
     predictions = [predictions] if isinstance(predictions, (str, Path)) else list(predictions)
+    for p in predictions:
+        if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
+    if section is not None: look_for(section, root)
     found = [_read_prediction(p) for p in predictions]
+    import matplotlib.pyplot as plt, pandas as pd
+    from histogene_nb.readers import read_section
+    from histogene_nb.sections import section_name
     first, maps = found[0], {}
     for p,f in zip(predictions, found): maps[f"{Path(p).stem}\n{f.uns['histogene']['predicted_by']}"] = f
     if len(names := {section_name(f) for f in found}) > 1: raise InputError(f'These are predictions of different sections, {" and ".join(sorted(names))}. Give those of one section.')
     shown = list(first.var_names)
-    if section is not None:
-        measured = read_section(section, root=root)
+    measured = None if section is None else read_section(section, root=root)
+    from histogene_nb import evaluation as ev
+    from histogene_nb.expression import normalize
+    if measured is not None:
         shown = [g for g in shown if g in measured.var_names]
         if not shown: raise InputError(f"{section}: none of the {first.n_vars} predicted genes is in this section.")
         observed = normalize(measured, shown, first.uns['histogene']['normalization'])
@@ -249,6 +267,15 @@ def histogene_demo(
     device:str=None, # cpu, cuda or mps (default: the best there is)
 ):
     "Train on synthetic tissue, predict a held-out section at spots and 4x, evaluate, write a report"
+    import pandas as pd
+    from tqdm.auto import tqdm
+    from histogene_nb import evaluation as ev
+    from histogene_nb.crossval import provenance, write_h5ad
+    from histogene_nb.expression import normalize, select_panel
+    from histogene_nb.model import save_pretrained
+    from histogene_nb.superres import predict_superres, recover_spots
+    from histogene_nb.tissue import synthetic_section
+    from histogene_nb.training import predict, train
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
@@ -271,6 +298,10 @@ def histogene_demo(
 # %% ../nbs/library/12_commands.ipynb #2dc8b928
 def _demo_report(path, held_out, observed, methods, dense, correlations, table, losses, made_by):
     "The demo's report: what was learned, drawn"
+    import matplotlib.pyplot as plt
+    from histogene_nb import evaluation as ev
+    from histogene_nb.sections import add_hires, section_name
+    from histogene_nb.training import plot_losses
     name, r = section_name(held_out), table.mean_r.astype(float)
     best = correlations['HisToGene'].r.sort_values(ascending=False).index[:4]
     add_hires(held_out)
@@ -292,15 +323,21 @@ def _demo_report(path, held_out, observed, methods, dense, correlations, table, 
 
 # %% ../nbs/library/12_commands.ipynb #95af29e2
 SYNTHETIC = {n: n[0] for n in ('X1', 'X2', 'Y1', 'Y2')}                                         # section -> patient
-_SMALL = dict(epochs=40, lr=1e-3, dim=128, depth=4, heads=4)                                     # a model that learns from four sections in seconds
+_SMALL = dict(epochs=40, lr=1e-3, patch_size=28, dim=128, depth=4, heads=4)                      # a model that learns from four sections in seconds, from patches shrunk to 28 pixels
 
 def reader(
-    sections:list|None=None, # names, or paths for `read_section`; ['synthetic'] for synthetic tissue, ['cscc'] for that series; the paper's 32 sections unless given
+    sections:list|None=None, # names, or paths for `read_section`; ['synthetic'] for synthetic tissue, ['cscc'] for that series; the released code's 32 sections unless given
     root:str|Path|None=None, # folder of the data; `data_folder()` unless given
     folder:str|Path='tissue', # where synthetic tissue is drawn
 )->tuple: # a function from a name to its section, and the catalogue: index section, column patient
     "How to read the sections of a run"
+    for s in set(sections or ()) - {'synthetic', 'cscc'}: look_for(s, root)
+    import pandas as pd
+    from histogene_nb.cscc import cscc_catalogue
+    from histogene_nb.readers import read_section
+    from histogene_nb.sections import released_sections, section_name
     if list(sections or ()) == ['synthetic']:
+        from histogene_nb.tissue import synthetic_section
         made = {}
         def read(name):
             if name not in made: made[name] = synthetic_section(folder, name)
@@ -324,6 +361,9 @@ def measured_rates(
     **options, # of `HisToGene`
 )->dict: # seconds: train (per spot and epoch), predict (per super-resolved patch)
     "What a training step and a super-resolved prediction take on this device, measured"
+    import torch
+    from histogene_nb.model import HisToGene
+    from histogene_nb.training import default_device, fit, run_model
     device, model = default_device(device), HisToGene(n_genes, **options)
     size = model.config['patch_size']
     example = (torch.randint(256, (spots, 3, size, size), dtype=torch.uint8), torch.randint(64, (spots, 2)), torch.randn(spots, n_genes))
@@ -339,33 +379,36 @@ def measured_rates(
 @call_parse
 @_shell
 def histogene_reproduce(
-    sections:_words("Sections: names such as B4 C2, .h5ad files, or the one word synthetic or cscc (default: the paper's 32)", opt=False, nargs='*')=None, # names, .h5ad files, ['synthetic'] or ['cscc']; the paper's 32 unless given
+    sections:_words("Sections: names such as B4 C2, .h5ad files, or the one word synthetic or cscc (default: the released code's 32)", opt=False, nargs='*')=None, # names, .h5ad files, ['synthetic'] or ['cscc']; the released code's 32 unless given
     out:str='reproduced', # Folder of the run; one that is there already is continued
     root:str=None, # Folder of the data
     by:str='section', # What is left out: section, patient or both
-    methods:str='all', # baselines, HisToGene, ST-Net (all: these three), ridge, texture; several with commas
-    panel:str=None, # File of genes to predict (default: the paper's rule in each training fold)
-    only:str=None, # Folds to run, by the sections that they leave out, such as C3; several with commas (default: all)
-    seeds:int=1, # Models a fold
+    methods:str='all', # baselines, HisToGene, ST-Net (all: these three), ridge, texture; separated by commas
+    panel:str=None, # File of genes to predict (default: the paper's rule, in each training fold)
+    only:str=None, # Folds to run, by the sections that they leave out, such as C3; separated by commas (default: all)
+    seeds:int=1, # Models per fold
     epochs:int=None, # Passes over the sections of HisToGene (default: 100; synthetic: 40)
-    backbone:str='densenet121', # Of ST-Net; efficientnet_lite0 needs no network
+    backbone:str='densenet121', # Of ST-Net; efficientnet_lite0 needs no download
     stnet_epochs:int=None, # Passes over the spots of ST-Net (default: 10; synthetic: 4)
-    stnet_px:int=None, # Side of ST-Net's patches, twice a spot's width of tissue, in pixels (default: 224; synthetic: 64)
+    stnet_px:int=None, # Side of ST-Net's patches, twice a spot's width of tissue, in pixels (default: 224; synthetic: 48)
     device:str=None, # cpu, cuda or mps (default: the best there is)
-    budget:float=None, # Hours after which no fold is begun
+    budget:float=None, # Hours; no fold is begun that would end later
     ray:str=None, # Address of a Ray cluster, such as auto
-    cores:int=None, # Of each fold
-    gpus:float=0, # Of each fold, on a Ray cluster
+    cores:int=None, # Cores for each fold
+    gpus:float=0, # GPUs for each fold, on a Ray cluster
     cache:str=None, # Folder that keeps patches (default: in the run's folder)
     gene_sets:str=None, # Pathways for figure 2b: a GMT file, or a library's name for gseapy to download (default: none; synthetic: its programmes)
 ):
-    "Cross-validate as the paper does, and leave the tables of its figures"
+    "Cross-validate as the paper does, and write the tables for its figures"
     start, out, synthetic = time.perf_counter(), Path(out), list(sections or ()) == ['synthetic']
     command = _command('histogene_reproduce', *(sections or ()))
     read, catalogue = reader(sections, root, out/'tissue')
+    from histogene_nb.crossval import baselines, cross_validate, duration, histogene, ridges, stnet, texture, write_tables
+    from histogene_nb.expression import read_panel
+    from histogene_nb.tissue import GENES
     given = lambda **options: {k: v for k,v in options.items() if v is not None}
     histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)), **given(epochs=epochs)}
-    stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=64) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px), 'backbone': backbone}
+    stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px), 'backbone': backbone}
     every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(stnet, **stnet_as), 'ridge': ridges, 'texture': texture}
     chosen = list(every)[:3] if methods == 'all' else methods.split(',')
     for m in chosen:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fold_name', 'baselines', 'attention_shares', 'histogene', 'stnet', 'ridges', 'texture', 'provenance', 'write_h5ad',
            'score', 'run_fold', 'duration', 'seconds_left', 'cross_validate', 'fold_names', 'finished_folds',
-           'mean_measures', 'write_tables', 'read_tables', 'correlations', 'map_section']
+           'mean_measures', 'write_tables', 'read_tables', 'correlations', 'attention_shares_by_layer', 'map_section']
 
 # %% ../nbs/library/11_crossval.ipynb #af1aaea7
 import io, json, os, shutil, sys, time
@@ -16,16 +16,15 @@ from scipy.spatial import cKDTree
 import anndata as ad, filelock, h5py, numpy as np, pandas as pd, torch
 import histogene_nb
 from . import evaluation as ev
-from .sections import InputError, leave_one_out, section_name, whole_file
+from .files import InputError, whole_file
+from .sections import leave_one_out, section_name
 from .expression import SCALES, normalize, select_panel
 from .measures import gene_measures, morans_i, noise_ceiling
 from .model import attention_maps
 from .patches import extract_patches
 from .position import grid_positions
 from .readers import reading
-from .stnet import load_lite0, predict_stnet, train_stnet
 from .superres import predict_superres, recover_spots
-from .texture import Textures, colour_numbers, ridge_baseline, texture_numbers, train_texture
 from .training import default_device, predict, train
 
 # %% ../nbs/library/11_crossval.ipynb #1b5ee75a
@@ -54,7 +53,7 @@ def attention_shares(
     centres:np.ndarray, # (n, 2) centres of all spots, pixels
     radius:float, # how far neighbours reach, in the same pixels
 )->pd.DataFrame: # a row per layer: on_target and on_neighbours (shares of the weight), n_neighbours, n, even (1/n), distance (pixels)
-    "Where the attention of target spots goes, by layer, as means over heads and targets (paper: figure 5)"
+    "Where target spots' attention goes, by layer: means over heads and targets (the paper's Figure 5: single maps)"
     apart = np.linalg.norm(centres[targets][:, None] - centres[None], axis=-1)                 # (t, n)
     near = (apart <= radius) & (np.arange(len(centres))[None] != np.asarray(targets)[:, None])
     weight = maps.mean(1).double().numpy()                                                     # (depth, t, n)
@@ -111,6 +110,7 @@ def stnet(
     **options, # of `train_stnet`: epochs, lr, backbone, patch_size, ...
 )->tuple: # list of predicted sections, and a dictionary with losses
     "ST-Net"
+    from histogene_nb.stnet import predict_stnet, train_stnet                                  # timm takes seconds to import, and only some methods need it
     model, losses = train_stnet(training, panel, normalization, seed=seed, device=device, checkpoint=checkpoint, cache=cache, **options)
     return [predict_stnet(model, s, device, cache) for s in test], dict(losses=[round(l, 5) for l in losses])
 
@@ -126,6 +126,8 @@ def ridges(
     **_, # seed, device, checkpoint: not needed
 )->tuple: # list of predicted sections, and {}
     "Ridge regression on plain colour numbers, and on a frozen pretrained network's textures"
+    from histogene_nb.stnet import load_lite0
+    from histogene_nb.texture import Textures, colour_numbers, ridge_baseline, texture_numbers
     known, textures, predicted = [normalize(s, panel, normalization) for s in training], Textures(load_lite0()), []
     for name,see in {'ridge on colours': partial(colour_numbers, cache=cache), 'ridge on textures': lambda s: texture_numbers(textures, s, size=size, cache=cache, views=views).numpy()}.items():
         numbers = [see(s) for s in training]
@@ -142,10 +144,11 @@ def texture(
     checkpoint:str|Path|None=None, # not needed: training takes less than a minute once textures are known
     cache:str|Path|None=None, # folder that keeps patches
     label:str='texture', # what the predictions are called
-    array_from:tuple=(), # sections whose counts teach the array too; those of the tested patients are left out
+    array_from:tuple=(), # sections whose counts also teach what the array yields; those of the tested patients are left out
     **options, # of `train_texture`: rank, alpha, use_array, members, ...
 )->tuple: # list of predicted sections; a dictionary with losses, rank, alpha, the inner folds and the number of parameters
     "The texture model"
+    from histogene_nb.texture import train_texture
     patients, trained = {s.uns['histogene']['patient'] for s in test}, {section_name(s) for s in training}
     array_from = [s for s in array_from if s.uns['histogene']['patient'] not in patients and section_name(s) not in trained]
     model, losses = train_texture(training, panel, normalization, seed=seed, device=device, cache=cache, array_from=array_from, **options)
@@ -199,7 +202,7 @@ def _finished(file):
     "What fold.json says of a finished fold"
     found = _kept(file, _FOLD, _again(file.parent))
     with reading(file, 'a finished fold', _again(file.parent)):
-        if f"{found['method']}-{fold_name(found['test'])}-seed{found['seed']}" != file.parent.name: raise ValueError('it is of another fold')
+        if f"{found['method']}-{fold_name(found['test'])}-seed{found['seed']}" != file.parent.name: raise ValueError('it belongs to another fold')
         if found['normalization'] not in SCALES or not (0 < found['n_training_spots'] and 0 <= found['seconds'] < np.inf): raise ValueError('its numbers are impossible')
         pd.DataFrame(found['mean_r']).astype(dict(method=str, section=str, mean=float))
         pd.DataFrame(found.get('attention', []))
@@ -211,14 +214,14 @@ def _scores(folder):
         found = pd.read_csv(folder/'scores.csv')
         numbers = ['r', 'n', 'ceiling', 'sd_ratio', 'relative_error', 'moran', 'moran_observed']
         found = found.astype({**dict.fromkeys(['method', 'section', 'gene'], str), **dict.fromkeys(numbers, float)}).astype(dict(n=int))
-        if not len(found) or found.duplicated(['method', 'section', 'gene']).any() or found.r.abs().max() > 1.001: raise ValueError('a gene is there twice, or no number possible')
+        if not len(found) or found.duplicated(['method', 'section', 'gene']).any() or found.r.abs().max() > 1.001: raise ValueError('a gene occurs twice, or a number is impossible')
     return found
 
 def _prediction(file, section):
     "A prediction of this section in a finished fold"
     with reading(file, 'a prediction', _again(file.parent)):
         found = ad.read_h5ad(file)
-        if section_name(found) != section or not isinstance(found.uns['histogene']['predicted_by'], str): raise ValueError('it is of another section')
+        if section_name(found) != section or not isinstance(found.uns['histogene']['predicted_by'], str): raise ValueError('it belongs to another section')
         if not np.isfinite(found.X).all() or not np.isfinite(found.obsm['spatial']).all() or found.obsm['spatial'].shape != (len(found), 2) or not found.var_names.is_unique: raise ValueError('its numbers are impossible')
         if not 0 < found.uns['spatial'][section]['scalefactors']['spot_diameter_fullres'] < np.inf: raise ValueError('its spots have no width')
     return found
@@ -247,7 +250,7 @@ def score(
 
 def run_fold(
     name:str, # of the method
-    method, # a function as `histogene`
+    method, # a function like `histogene`
     read, # name of a section -> the section
     training:list, # names of sections
     test:list, # names of sections
@@ -257,7 +260,7 @@ def run_fold(
     seed:int=0, # of weights and training
     device:str|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
-    cores:int|None=None, # threads; as torch has it unless given
+    cores:int|None=None, # threads; torch's own number unless given
     command:str='run_fold', # what was called, for the record
 )->dict: # what fold.json says
     "Train, predict and score one fold, and keep all of it or nothing"
@@ -324,7 +327,7 @@ def seconds_left(
 def cross_validate(
     read, # name of a section -> the section
     catalogue:pd.DataFrame, # index: sections; column: patient
-    methods:dict, # name -> a function as `histogene`, with its settings by `functools.partial`
+    methods:dict, # name -> a function like `histogene`, with its settings by `functools.partial`
     out:str|Path, # folder of the run; a run that is there already is continued
     by:tuple=('section',), # what is left out: 'section', 'patient' or both
     panel:list|dict|None=None, # genes; or how `select_panel` chooses them in each training fold
@@ -333,7 +336,7 @@ def cross_validate(
     seeds:tuple=(0,), # one model each
     device:str|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
-    budget:float|None=None, # hours after which no fold is begun
+    budget:float|None=None, # hours; no fold is begun that would end later
     ray:str|None=None, # a Ray cluster's address: 'auto', 'local' or 'ray://host:port'; without one, folds run here
     cores:int|None=None, # of each fold
     gpus:float=0, # of each fold, on a Ray cluster
@@ -430,7 +433,7 @@ def _best_genes(tables, n=4):
 
 def mean_measures(
     folds:list, # from `finished_folds`
-)->pd.DataFrame: # a row a method, fold, section and seed
+)->pd.DataFrame: # a row per method, fold, section and seed
     "What r and the measures beyond it say of each method in each section, as means over genes"
     scores = pd.concat([_scores(f['folder']).assign(fold=fold_name(f['test']), seed=f['seed']) for f in folds])
     scores['better_than_mean'] = (scores.relative_error < 1).astype(float)
@@ -508,6 +511,16 @@ def correlations(
     for m,f,s,which,n in r.columns:
         if f in folds and which == seed: found.setdefault(m, {})[s] = ev.correlation_table(r[m, f, s, which, n].dropna().replace(np.inf, np.nan), n)
     return {m: dict(sorted(by_section.items())) for m,by_section in found.items()}
+
+def attention_shares_by_layer(
+    tables:dict, # from `read_tables`
+    level:str='HisToGene', # at the spots, or 'HisToGene_SR', super-resolved
+    seed:int|None=None, # of the models; the first there is unless given
+)->pd.DataFrame: # a row per section and layer: layer, section, ..., and in times even attention: target, neighbours
+    "How much the targets of a run look at themselves and at their neighbours; 1 is what looking at all spots alike would give"
+    a = tables['attention']
+    a = a[(a.level == level) & (a.seed == (a.seed.min() if seed is None else seed))]
+    return a.assign(target=a.on_target/a.even, neighbours=a.on_neighbours/(a.n_neighbours*a.even))
 
 def map_section(
     tables:dict, # from `read_tables`

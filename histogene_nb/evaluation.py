@@ -17,10 +17,9 @@ from matplotlib.patches import Patch
 from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.special import betainc, betaln, softmax
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score
 from .readers import reading
-from .sections import InputError, LABEL_COLORS, section_name, whole_file
+from .files import InputError, whole_file
+from .sections import LABEL_COLORS, section_name
 
 # %% ../nbs/library/09_evaluation.ipynb #e13f4295
 def _neg_log10_p(r, # (genes,) correlations
@@ -174,10 +173,10 @@ def enrich_pathways(
     gene_sets, # a GMT file, a dictionary of lists, or the name of a library that gseapy downloads
     top:int=100, # how many of the best genes
     permutations:int=10_000, # of the gene list
-    min_size:int=3, # genes of a pathway among the top ones, to be tested
+    min_size:int=3, # a pathway is tested if at least so many of its genes are among the top ones
     seed:int=0, # of the permutations
 )->pd.DataFrame: # pathways, smallest p first: es, p, fdr; n_top, n_ranked (genes in it), p_overlap, fdr_overlap; genes
-    "Pathways enriched among the best genes, by gene set enrichment and by overlap (paper: Figure 2b)"
+    "Pathways enriched among the best genes, by gene set enrichment (paper: Figure 2b) and by overlap (ours)"
     import gseapy                                         # takes seconds, and only this needs it
     sets, best = _gene_sets(gene_sets), ranking.mean_neg_log10_p.iloc[:top]
     sets = {k: v for k,v in sets.items() if len(set(v) & set(best.index)) >= min_size}
@@ -197,7 +196,7 @@ CLUSTER_COLORS = ['#4477AA', '#EE6677', '#228833', '#CCBB44', '#66CCEE', '#AA337
 
 # %% ../nbs/library/09_evaluation.ipynb #2f3a0958
 def _method_color(method, # a method's name
-                  methods, # all methods of the figure: those without a colour of their own share out what is left
+                  methods, # all methods of the figure: those without a colour of their own share what is left
                  ):
     spare = ['#D55E00', '#F0E442', '#882255', '#44AA99', '#DDCC77']
     return METHOD_COLORS.get(method) or spare[[m for m in methods if m not in METHOD_COLORS].index(method) % len(spare)]
@@ -295,24 +294,20 @@ def plot_genes(observed:ad.AnnData, # normalised expression at the spots
 def plot_boxes(results:dict, # method -> {section name -> DataFrame from `gene_correlations`}
                ax=None, # matplotlib axes; a new figure if None
               )->plt.Axes: # the axes
-    "Box plots of r over genes, per section and method, with undefined genes counted in the legend (paper: Figure 2a)"
+    "Box plots of r over genes, per section and method (paper: Figure 2a); the legend counts undefined genes"
     names = list(dict.fromkeys(s for by in results.values() for s in by))
     if not names: raise InputError('no results to draw: give {method: {section name: correlations}}')
     if ax is None:
         width = max(4.5, .32*len(names)*len(results)+1.5)
         ax = plt.subplots(figsize=(width, 3+.22*len(results)), layout='constrained')[1]
-    step = .8/len(results)
-    for i,(method,by) in enumerate(results.items()):
-        color = _method_color(method, results)
-        at = {names.index(s)+(i-(len(results)-1)/2)*step: c.r.dropna() for s,c in by.items() if c.r.notna().any()}
-        line = dict(color='#333333', lw=.7)
-        if at: ax.boxplot(list(at.values()), positions=list(at), widths=step*.85, patch_artist=True, manage_ticks=False,
-            boxprops=dict(facecolor=color, edgecolor='#333333', lw=.7), medianprops=dict(color='white', lw=1.4),
-            whiskerprops=line, capprops=line, flierprops=dict(marker='.', ms=2, mec=color))
+    import seaborn as sns                                 # takes a second, and only this needs it
+    r = pd.concat([c[['r']].assign(method=m, section=s) for m,by in results.items() for s,c in by.items()], ignore_index=True)
+    palette = {m: _method_color(m, results) for m in results}
+    sns.boxplot(r, x='section', y='r', order=names, hue='method', hue_order=list(palette), palette=palette, saturation=1,
+                gap=.15, linewidth=.7, fliersize=1.5, medianprops=dict(color='white', lw=1.4), legend=False, ax=ax)
     ax.axhline(0, color='#333333', lw=.7, ls=':')
-    ax.set(xticks=range(len(names)), xticklabels=names, xlim=(-.6, len(names)-.4))
     ax.set(xlabel='section', ylabel='r over spots, per gene')
-    ax.legend(handles=[Patch(color=_method_color(m, results), label=_undefined(m, by)) for m,by in results.items()],
+    ax.legend(handles=[Patch(color=palette[m], label=_undefined(m, by)) for m,by in results.items()],
               loc='lower left', bbox_to_anchor=(0, 1), frameon=False, borderpad=0)
     return ax
 
@@ -326,11 +321,12 @@ def cluster_spots(adata:ad.AnnData, # expression (n, panel), observed or predict
                   k:int=4, # number of clusters
                   seed:int=0, # of the random starts
                  )->pd.Series: # cluster of each spot, '0' the largest, indexed by spot
-    "K-means on the expression of the panel as it is, best of ten starts (paper: Results, Figure 4, k = 4)"
+    "K-means (paper: Figure 4, k = 4) on the expression of the panel as it is; the best of ten starts (our choice)"
     X = _dense(adata)
     if not np.isfinite(X).all(): raise InputError('the expression to cluster holds values that are not finite')
     if (distinct := len(np.unique(X, axis=0)))<k: raise InputError(
         f'{k} clusters asked for, but the spots have only {distinct} different expression profiles (is the prediction constant?)')
+    from sklearn.cluster import KMeans                    # takes a second, and only this needs it
     found = KMeans(k, n_init=10, random_state=seed).fit_predict(X)
     order = np.argsort(-np.bincount(found, minlength=k), kind='stable')
     return pd.Series(np.argsort(order)[found].astype(str), index=adata.obs_names, name='cluster').astype('category')
@@ -339,7 +335,7 @@ def cluster_spots(adata:ad.AnnData, # expression (n, panel), observed or predict
 def label_ari(labels:pd.Series, # the pathologist's label of each spot (`obs['annotation']`), NaN where there is none
               clusters:pd.Series, # from `cluster_spots`, for the same spots
              )->dict: # ari, n_spots (used), n_undetermined, n_unlabelled (both left out)
-    "Adjusted Rand index between labels and clusters over the annotated spots (paper: Results, Figure 4)"
+    "Adjusted Rand index between labels and clusters (paper: Results, Figure 4), over the annotated spots"
     for diff,where in ((labels.index.difference(clusters.index, sort=False), 'clusters'),
                        (clusters.index.difference(labels.index, sort=False), 'labels')):
         if len(diff): raise InputError(
@@ -349,6 +345,7 @@ def label_ari(labels:pd.Series, # the pathologist's label of each spot (`obs['an
     use = ~(undetermined | unlabelled)
     if not use.any(): raise InputError(
         'no spot has a label other than undetermined, so there is nothing to compare clusters with')
+    from sklearn.metrics import adjusted_rand_score
     return dict(ari=float(adjusted_rand_score(labels[use].astype(str), clusters[use])), n_spots=int(use.sum()),
                 n_undetermined=int(undetermined.sum()), n_unlabelled=int(unlabelled.sum()))
 

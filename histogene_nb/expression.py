@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from anndata import AnnData
 from scipy import sparse
-from .sections import InputError, section_name
+from .files import InputError
+from .sections import section_name
 
 # %% ../nbs/library/03_expression.ipynb #77352f8a
 def common_genes(
@@ -28,13 +29,13 @@ def variable_genes(
     n_top:int=1000, # how many
 )->list: # gene symbols
     "The section's most variable genes: scanpy's default flavour on ln(CPM + 1)"
-    import scanpy as sc                                                               # a second and 0.1 GB, which only this function needs
-    if not (isinstance(n_top, (int, np.integer)) and n_top >= 1): raise InputError(f'How many variable genes to take (n_top) is a whole number from 1, not {n_top}.')
+    import scanpy as sc                                                               # this import costs a second and 0.1 GB, and only this function needs it
+    if not (isinstance(n_top, (int, np.integer)) and n_top >= 1): raise InputError(f'How many variable genes to take (n_top) must be a whole number, 1 or more, not {n_top}.')
     name = next(iter(section.uns.get('spatial', {})), 'This section')
     if not section.X.sum(): raise InputError(f'{name}: there is no count above 0, so no gene is variable. Leave the section out.')
     logged, threads = AnnData(section.X.astype(np.float32), var=section.var[[]].copy()), torch.get_num_threads()
     sc.pp.normalize_total(logged, target_sum=1e6)
-    torch.set_num_threads(threads)                                                    # numba, which scanpy computes with, sets OpenMP's number for torch too
+    torch.set_num_threads(threads)                                                    # numba, which scanpy uses, sets OpenMP's number for torch too
     sc.pp.log1p(logged)
     try: found = sc.pp.highly_variable_genes(logged, n_top_genes=min(n_top, section.n_vars), inplace=False)
     except IndexError as e: raise InputError(f'{name}: no gene varies from spot to spot, so none is variable. Leave the section out.') from e
@@ -47,7 +48,7 @@ def select_panel(
     min_spots:int=1000, # spots, over all sections, in which a gene must be expressed
 )->list: # gene symbols, in the first section's order
     "The paper's gene panel: common genes, variable in a section, expressed in enough spots (paper: Data preprocessing)"
-    if not min_spots >= 0: raise InputError(f'In how many spots a gene must be expressed (min_spots) is a number from 0, not {min_spots}.')
+    if not min_spots >= 0: raise InputError(f'In how many spots a gene must be expressed (min_spots) must be a number, 0 or more, not {min_spots}.')
     common = common_genes(sections)
     sections = [s[:, common] for s in sections]
     variable = set().union(*(variable_genes(s, n_top) for s in sections))
@@ -60,7 +61,7 @@ def select_panel(
 
 # %% ../nbs/library/03_expression.ipynb #1d38eb4c
 def read_panel(
-    path:str|Path, # CSV with a column `gene`, or a text file with one symbol a line
+    path:str|Path, # CSV with a column `gene`, or a text file with one symbol per line
 )->list: # gene symbols in the file's order
     "A gene panel from a file"
     path = Path(path)
@@ -83,9 +84,9 @@ SCALES = {'paper': dict(total='all genes', target=1e6, log=np.log1p, unit='ln(CP
 def normalize(
     section:AnnData, # raw counts (n, genes)
     panel:list, # gene symbols to keep, all in the section
-    method:str='paper', # 'paper': over all genes, 1e6, ln(x+1); 'released': over the panel as given, 1e4, log10(x+1)
+    method:str='paper', # 'paper': over all genes, 1e6, ln(x+1), where the + 1 is ours; 'released': over the panel as given, 1e4, log10(x+1)
 )->AnnData: # the section with the panel's genes; X float32 (n, panel), the method's name and unit in uns['histogene']
-    "A section's expression on the scale that the model predicts (paper: Data preprocessing)"
+    "A section's expression on the scale that the model predicts (paper: Data preprocessing; or released code)"
     name = section_name(section)
     if method not in SCALES: raise InputError(f'There is no normalisation {method!r}; there is {" and ".join(SCALES)}.')
     missing = [g for g in panel if g not in section.var_names]

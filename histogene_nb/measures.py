@@ -6,12 +6,13 @@
 __all__ = ['halve_counts', 'noise_ceiling', 'neighbour_graph', 'morans_i', 'gene_measures']
 
 # %% ../nbs/library/14_measures.ipynb #e9d2239c
-import anndata as ad, numpy as np, pandas as pd, scanpy as sc, torch
+import anndata as ad, numpy as np, pandas as pd, torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 from . import evaluation as ev
 from .expression import normalize
-from .sections import InputError, section_name
+from .files import InputError
+from .sections import section_name
 
 # %% ../nbs/library/14_measures.ipynb #29a1ff59
 def halve_counts(
@@ -52,7 +53,7 @@ def noise_ceiling(
 def neighbour_graph(
     section:ad.AnnData, # with spot centres
 )->sparse.csr_matrix: # (n, n), rows add up to 1 where a spot has neighbours
-    "The spots within 1.6 times the spots' distance: eight on a square array, six on a hexagonal one, with room for spots a little out of place"
+    "The spots within 1.6 spacings: eight on a square array, six on a hexagonal one, even if a little out of place"
     xy = np.asarray(section.obsm['spatial'], dtype=float)
     tree = cKDTree(xy)
     near = tree.sparse_distance_matrix(tree, 1.6*np.median(tree.query(xy, k=2)[0][:, 1]), output_type='coo_matrix').tocsr()
@@ -66,6 +67,7 @@ def morans_i(
     graph:sparse.csr_matrix|None=None, # from `neighbour_graph`; made unless given
 )->pd.Series: # by gene, NaN where a gene does not vary or there are fewer than three spots
     "Moran's I of each gene: how alike neighbouring spots are"
+    import scanpy as sc                                                               # takes seconds, and only this needs it
     if len(section) < 3: return pd.Series(np.nan, index=section.var_names, name='moran')
     X = section.X.toarray() if sparse.issparse(section.X) else np.asarray(section.X)
     I, varies, threads = np.full(X.shape[1], np.nan), np.ptp(X, axis=0) > 0, torch.get_num_threads()

@@ -14,16 +14,17 @@ import numpy as np, torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
-from .sections import InputError, section_name, whole_file
+from .files import InputError, model_files, whole_file
+from .sections import section_name
 from .patches import extract_patches, flatten_patches
 from .position import pixel_positions, spot_positions
 from .attention import MultiHeadAttention, attention_weights
 
 # %% ../nbs/library/06_model.ipynb #dbe9d5d0
 class Block(nn.Module):
-    "One layer: attention between spots, then an MLP on each, both added to what came in"
+    "One layer, as in the released code: attention between spots, an MLP on each, both added to what came in"
     def __init__(self,
-        dim:int=1024, # features a spot
+        dim:int=1024, # features per spot
         heads:int=16, # attention heads
         mlp_dim:int=2048, # hidden features of the MLP
         dropout:float=.1, # share of features set to 0 in training
@@ -45,14 +46,14 @@ class HisToGene(nn.Module):
     "The modified Vision Transformer of HisToGene (paper: figure 1a and The modified Vision Transformer model)"
     name = 'HisToGene'                                                    # what its predictions are called
     def __init__(self,
-        n_genes:int=785, # genes to predict
-        patch_size:int=112, # W = H, pixels
-        n_pos:int=64, # places along x and along y (m in the paper)
-        dim:int=1024, # features a spot
-        depth:int=8, # Multi-Head Attention layers
-        heads:int=16, # heads in each
-        mlp_dim:int|None=None, # hidden features of each layer's MLP; 2*dim unless given
-        dropout:float=.1, # after the embedding and in each layer
+        n_genes:int=785, # genes to predict (paper: 785)
+        patch_size:int=112, # W = H, pixels (paper: 112)
+        n_pos:int=64, # places along x and along y (paper: m = 30; released code: 64)
+        dim:int=1024, # features per spot (paper: 1024)
+        depth:int=8, # Multi-Head Attention layers (paper: 8)
+        heads:int=16, # attention heads in each layer (paper: 16)
+        mlp_dim:int|None=None, # hidden features of each layer's MLP; 2*dim unless given (released code)
+        dropout:float=.1, # share set to 0 (paper: 0.1), after the embedding and in each layer (as in the released code)
         pixels:str='centred', # how pixel values enter W_h: 'centred' takes 0..255 to -1/2..1/2, 'raw' leaves 0..255 as the released code does
         order:str='paper', # of the numbers in a flattened patch, as in `flatten_patches`
     ):
@@ -131,7 +132,7 @@ class HisToGene(nn.Module):
 # %% ../nbs/library/06_model.ipynb #8189eff0
 @torch.no_grad()
 def attention_maps(
-    model:HisToGene, # looked at in evaluation mode
+    model:HisToGene, # used in evaluation mode
     patches:Tensor, # (n, 3, h, w) of one section
     positions:Tensor, # long (n, 2)
     targets:Tensor, # (t,) indices of target spots
@@ -156,7 +157,7 @@ def save_tensors(
     "Save tensors completely or not at all, with a checksum"
     tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
     with whole_file(path) as part:
-        aside = Path(f'{part}.folder')                                         # safetensors has a hidden file of its own, of a random name, beside the one it writes
+        aside = Path(f'{part}.folder')                                         # safetensors makes a hidden file of its own, with a random name, beside the one it writes
         try:
             aside.mkdir(exist_ok=True)
             save_file(tensors, aside/'new', {**metadata, 'checksum': _checksum(tensors, metadata)})
@@ -174,7 +175,7 @@ def read_tensors(
     path:str|Path, # as `save_tensors` left it
 )->tuple: # name -> tensor, and the metadata
     "Read tensors back; `SafetensorError` where a byte has changed"
-    if not Path(path).is_file(): raise SafetensorError('it is no file')
+    if not Path(path).is_file(): raise SafetensorError('it is not a file')
     with safe_open(path, 'pt') as f: metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     checksum = metadata.pop('checksum', None)
     if checksum and checksum not in (_checksum(tensors, metadata), _checksum(tensors, {})): raise SafetensorError('its checksum does not match')
@@ -202,7 +203,7 @@ def _class(kind):
     return getattr(import_module(f'histogene_nb.{module}'), name)
 
 def _identity(config):
-    "What of a description the weights depend on"
+    "The parts of a description that the weights depend on"
     config = json.loads(config)
     return {**config, 'about': {k: config['about'].get(k) for k in ('genes', 'normalization', 'spot_diameter', 'grid')}}
 
@@ -210,10 +211,7 @@ def from_pretrained(
     folder:str|Path, # as `save_pretrained` left it
 )->nn.Module: # a HisToGene or another of `KINDS`, in evaluation mode, on the CPU
     "Load a model that was saved with `save_pretrained`"
-    folder = Path(folder)
-    file, config = folder/'model.safetensors', folder/'config.json'
-    for f in (config, file):
-        if not f.is_file(): raise InputError(f'{f}: there is no such file, so {folder} is no saved model. Give the folder that histogene_train wrote.')
+    config, file = model_files(folder)
     try:
         text = config.read_text(encoding='utf-8')
         config = json.loads(text)
@@ -223,10 +221,10 @@ def from_pretrained(
         if 'grid' in about and np.shape(about['grid']) != (3, 2): raise ValueError(f"config.json has a grid of shape {np.shape(about['grid'])}, not (3, 2)")
         model = _class(config.pop('kind', 'HisToGene'))(**config)
         together = _identity(metadata.get('config', text)) == _identity(text)
-    except Exception as e:                                                     # of all kinds, from what a damaged file holds
+    except Exception as e:                                                     # a damaged file can raise any kind of error
         raise InputError(f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
     _load(model, weights, folder)
-    if not together: raise InputError(f'{folder}: config.json and model.safetensors are of two models, as a saving leaves them that is killed between the two. Copy both again, or train it again.')
+    if not together: raise InputError(f'{folder}: config.json and model.safetensors belong to two different models, as when saving was killed halfway. Copy both again, or train it again.')
     model.about = about
     return model.eval()
 
@@ -263,7 +261,7 @@ def load_released(
         dim, n_in = weights['patch_embedding.weight'].shape
         n_genes, n_pos = len(weights['gene_head.1.weight']), len(weights['x_embed.weight'])
         mlp_dim = len(weights['vit.transformer.layers.0.1.fn.net.0.weight'])
-    except KeyError as e: raise InputError(f'This is no released HisToGene checkpoint: weights {e} are missing.') from e
+    except KeyError as e: raise InputError(f'This is not a released HisToGene checkpoint: weights {e} are missing.') from e
     depth = 1 + max(int(k.split('.')[3]) for k in weights if k.startswith('vit.transformer.layers.'))
     if dim % 64 or 3*(size := round((n_in/3)**.5))**2 != n_in:
         raise InputError(f'A released checkpoint has heads of 64 features and square patches; this one has {dim} features and {n_in} numbers a patch.')

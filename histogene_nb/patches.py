@@ -16,7 +16,8 @@ from PIL import Image
 from scipy import ndimage
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
-from .sections import InputError, as_rgb, decoding, open_image, section_name, whole_file
+from .files import InputError, whole_file
+from .sections import as_rgb, decoding, open_image, section_name
 
 # %% ../nbs/library/02_patches.ipynb #45a8c722
 def _window(image, x, y, side, size):
@@ -52,7 +53,7 @@ def cut_patches(
     size:int=112, # side of a patch in the tensor
     side:int|None=None, # side of the window in the image's pixels; `size` unless given, resampled where they differ
 )->tuple: # uint8 tensor (n, 3, size, size), and the number of patches that reached over the edge
-    "Cut square patches from an image; what lies beyond its edge is white (paper: Data preprocessing)"
+    "Cut square patches from an image (paper: Data preprocessing); what lies beyond its edge is white (ours)"
     side = size if side is None else side
     centres = _checked(centres, dict(size=size, side=side), getattr(image, 'filename', '') or 'This image')
     image = as_rgb(image)
@@ -70,7 +71,7 @@ def cache_file(
     size:int, # side of a patch in the tensor
     how, # all else that the kept numbers depend on, such as the side of the window
 )->Path: # in that folder
-    "Where something computed from an image is kept, by a name that no other image, place or setting shares"
+    "Where something computed from an image is kept: a name that no other image, place or setting shares"
     key, info = hashlib.blake2b(digest_size=16), section.uns['spatial'][section_name(section)]
     if path := info['metadata'].get('source_image_path'):
         with open(path, 'rb') as f:
@@ -85,7 +86,7 @@ def save_array(
     file:Path, # written whole or not at all
     array:np.ndarray, # of any shape
 ):
-    "Keep an array, and behind it a checksum"
+    "Keep an array, followed by a checksum"
     with whole_file(file) as part, open(part, 'wb') as f:
         np.save(f, array)
         f.write(hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest())
@@ -98,7 +99,7 @@ def read_array(
     "A kept array"
     if not file.is_file(): return None
     try: found = np.load(file, mmap_mode='c', allow_pickle=False)
-    except Exception: return None                                             # a damaged header makes numpy raise all kinds
+    except Exception: return None                                             # a damaged header can raise any kind of error
     if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous: return None
     left, checksum = found.nbytes, hashlib.blake2b(digest_size=16)
     with open(file, 'rb') as f:
@@ -113,7 +114,7 @@ def _read_cached(file, n, size): return read_array(file, (n, 3, size, size), np.
 @contextmanager
 def section_image(
     section:AnnData, # with the path of its image, or a picture embedded in its own pixels, as `read_section` leaves it
-): # an open image; its size is that which it had when the section was made
+): # an open image, of the size that it had when the section was made
     "The image that a section's patches are cut from: its file, or the picture that it carries"
     name = section_name(section)
     info = section.uns['spatial'][name]
@@ -158,7 +159,7 @@ def extract_patches(
 # %% ../nbs/library/02_patches.ipynb #704ee0ce
 def flatten_patches(
     patches:torch.Tensor, # (..., 3, h, w)
-    order:str='paper', # 'paper': (3, h, w), a view; 'released': (w, h, 3), as the authors' code has it
+    order:str='paper', # 'paper': (3, h, w), a view, and our choice, as the paper gives none; 'released': (w, h, 3), as the authors' code has it
 )->torch.Tensor: # (..., 3*w*h): the rows of F_h
     "The paper's $F_h$: each patch as one row (paper: Encoding of histology image and position features)"
     if order == 'paper': return patches.flatten(-3)

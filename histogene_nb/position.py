@@ -9,7 +9,8 @@ __all__ = ['check_positions', 'grid_positions', 'fit_grid', 'pixel_positions', '
 # %% ../nbs/library/04_position.ipynb #6934b1ca
 import numpy as np, torch
 from anndata import AnnData
-from .sections import InputError, section_name
+from .files import InputError
+from .sections import section_name
 
 # %% ../nbs/library/04_position.ipynb #32e3add0
 def check_positions(
@@ -65,23 +66,23 @@ def pixel_positions(
 # %% ../nbs/library/04_position.ipynb #9a0b0c02
 def array_steps(
     grid:np.ndarray, # (3, 2) from `fit_grid`
-)->np.ndarray: # (2,): along a column's and a row's step, in spot diameters
+)->np.ndarray: # (2,): the steps between columns and between rows, in spot diameters
     "How far apart neighbouring columns and rows of an array are"
     return np.linalg.norm(np.linalg.pinv(np.asarray(grid)[:2]), axis=1)
 
 def another_array(
     section:AnnData, # with spot centres and array positions
-    trained, # (3, 2) `grid` of the sections of training; None where nothing is known of them
-)->bool: # to a factor of 1.5: scans of one kind differ too, patient A's of the HER2+ data by a third from the others
-    "Whether a step of the index is another distance on a section's array than in training"
-    if trained is None or np.linalg.matrix_rank(np.c_[section.obsm['spatial'], np.ones(len(section))]) < 3: return False    # spots on one line do not tell
+    trained, # (3, 2) `grid` of the training sections; None where it is unknown
+)->bool: # by a factor of 1.5 or more: scans of one kind differ too, in the HER2+ data patient A's steps are a quarter shorter
+    "Whether a step of the index is a different distance on a section's array from that in training"
+    if trained is None or np.linalg.matrix_rank(np.c_[section.obsm['spatial'], np.ones(len(section))]) < 3: return False    # spots on one line cannot tell
     with np.errstate(divide='ignore', invalid='ignore'): ratio = array_steps(fit_grid(section))/array_steps(trained)
     return not ((ratio > 1/1.5) & (ratio < 1.5)).all()
 
 # %% ../nbs/library/04_position.ipynb #9a0b0c03
 def model_grid(
     section:AnnData, # to predict
-    trained, # (3, 2) `grid` of the sections of training; None where nothing is known of them
+    trained, # (3, 2) `grid` of the training sections; None where it is unknown
 )->np.ndarray: # (3, 2), for `pixel_positions`
     "The map from a section's pixels to positions as a model was trained with them"
     if not another_array(section, trained): return fit_grid(section)
@@ -90,10 +91,10 @@ def model_grid(
 
 def spot_positions(
     section:AnnData, # to predict
-    trained, # (3, 2) `grid` of the sections of training; None where nothing is known of them
+    trained, # (3, 2) `grid` of the training sections; None where it is unknown
     n_pos:int=64, # rows of the position embedding
 )->torch.Tensor: # long (n, 2): (x, y) indices
-    "Indices of a section's spots for a model: those of its array, or on another kind of array those of the spots' places"
+    "Indices of a section's spots for a model: those of its array or, on another kind of array, of the spots' places"
     if not another_array(section, trained): return grid_positions(section, n_pos)
     d = section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
     return pixel_positions(section.obsm['spatial'], d, model_grid(section, trained), n_pos, section_name(section))

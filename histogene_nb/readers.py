@@ -10,14 +10,15 @@ __all__ = ['PIXELS', 'ARRAY', 'reading', 'image_scale', 'read_report', 'read_vis
 import gzip, json, re, warnings
 from contextlib import contextmanager
 from pathlib import Path
-import anndata as ad, numpy as np, pandas as pd, scanpy as sc
+import anndata as ad, numpy as np, pandas as pd
 from anndata import AnnData
 from anndata.utils import make_index_unique
 from PIL import Image
 from scipy import sparse
 from scipy.spatial import cKDTree
 from .cscc import cscc_catalogue, cscc_folder, read_cscc
-from .sections import InputError, as_rgb, check_pixels, check_sparse, data_folder, her2st_catalogue, join_report, max_pixels, new_section, open_image, read_her2st, section_name
+from .files import InputError, data_folder
+from .sections import as_rgb, check_pixels, check_sparse, her2st_catalogue, join_report, max_pixels, new_section, open_image, read_her2st, section_name
 
 # %% ../nbs/library/19_readers.ipynb #5784f455
 @contextmanager
@@ -43,7 +44,7 @@ _TABLES, _IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png
 def _suffix(path): return Path(path.name.lower().removesuffix('.gz')).suffix
 
 def _table(path, **kwargs):
-    "A table of any of these kinds; its index, if it has one, as the first column (R heads only the others)"
+    "A table of any of these kinds; its index, if it has one, as the first column (R gives that one no heading)"
     with reading(path, 'a table'):
         if _suffix(path) == '.parquet': table = pd.read_parquet(path)
         else:
@@ -67,6 +68,7 @@ def _visium_counts(folder):
     file = file or _one(folder, 'counts', None, '*filtered_feature_bc_matrix', needed=False)
     if file is None: raise InputError(f'{folder}: the counts are missing: neither filtered_feature_bc_matrix.h5 nor the folder filtered_feature_bc_matrix is here. Give the folder that spaceranger calls outs.')
     with reading(file, "spaceranger's counts"):
+        import scanpy as sc                                                   # takes seconds, and only this needs it
         counts = sc.read_10x_mtx(file, make_unique=False, gex_only=False) if file.is_dir() else sc.read_10x_h5(file, gex_only=False)
         check_sparse(counts.X, file)
         if 'feature_types' in counts.var: counts = counts[:, counts.var.feature_types == 'Gene Expression'].copy()
@@ -92,9 +94,9 @@ def _visium_positions(folder):
     table = _table(file, **dict(header=None, names=_POSITIONS) if file.name == 'tissue_positions_list.csv' else {})
     missing = [c for c in _POSITIONS if c not in table]
     if missing: raise InputError(f'{file}: there is no column {missing[0]} among {", ".join(map(str, table.columns))}. Give the file as spaceranger wrote it.')
-    if not len(table): raise InputError(f'{file}: there is no spot in it. Give the file as spaceranger wrote it.')
+    if not len(table): raise InputError(f'{file}: it holds no spots. Give the file as spaceranger wrote it.')
     again = table.barcode.duplicated()
-    if again.any(): raise InputError(f'{file}: spot {table.barcode[again.argmax()]} is there twice. Keep one of the two.')
+    if again.any(): raise InputError(f'{file}: spot {table.barcode[again.argmax()]} occurs twice. Keep one of the two.')
     numbers = _numeric(table, _POSITIONS[1:], file).set_index(table.barcode.astype(str))
     odd = numbers.isna().any(axis=1) | (numbers[['array_row', 'array_col']] % 1).any(axis=1)
     if odd.any(): raise InputError(f'{file}: spot {numbers.index[odd.argmax()]} has no whole array_row and array_col, or no pixels; {int(odd.sum())} such in all. Give the file as spaceranger wrote it.')
@@ -106,12 +108,12 @@ def image_scale(
     size:tuple, # (width, height) of a smaller picture of the same
     scale:float, # pixels of that picture for one of full resolution
 )->float: # pixels of the image for one of full resolution
-    "At which scale an image was saved, by a smaller picture whose scale is known"
+    "At which scale an image was saved, judged by a smaller picture whose scale is known"
     with open_image(path) as im: found = np.array(im.size)
     size = np.array(size)
     low, high = ((found - 1)*scale/(size + 1)).max(), ((found + 1)*scale/np.maximum(size - 1, .1)).min()     # both were rounded
     if low > high:
-        raise InputError(f'{path}: this image of {found[0]} x {found[1]} pixels has not the shape of the section, whose small picture has {size[0]} x {size[1]}. '
+        raise InputError(f'{path}: this image of {found[0]} x {found[1]} pixels does not have the shape of the section, whose small picture has {size[0]} x {size[1]}. '
                          'Give the image that the positions were measured on, neither turned nor cropped.')
     return 1. if low <= 1 <= high else float((found*scale/size).max())
 
@@ -125,7 +127,7 @@ def _scalefactors(folder):
     return factors
 
 def _visium_image(folder, image, factors):
-    "The image to cut patches from, or None; and its pixels for one of full resolution"
+    "The image to cut patches from, or None; and how many of its pixels make one of full resolution"
     small = [(folder/'spatial'/f'tissue_{k}_image.png', factors[f'tissue_{k}_scalef']) for k in ('hires', 'lowres')]
     small = [(p, f) for p,f in small if p.exists()]
     image = image or _one(folder, 'full-resolution image', _IMAGES, '*', needed=False)
@@ -135,7 +137,7 @@ def _visium_image(folder, image, factors):
     return image, image_scale(image, size, small[0][1])
 
 # %% ../nbs/library/19_readers.ipynb #a6dd5c8f
-_NOTES = dict(not_in_tissue='with counts but not in tissue, left out', genes_renamed='genes renamed, another has their symbol',
+_NOTES = dict(not_in_tissue='with counts but not in tissue, left out', genes_renamed='genes renamed because another has the same symbol',
               counts_without_position='with counts but without a position, left out', positions_without_counts='with a position but without counts, left out')
 
 def read_report(
@@ -289,7 +291,7 @@ def read_st(
     name:str|None=None, # of the section; the folder's name unless given
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the spots that have counts and a position
-    "Read tables of counts and coordinates (csv, tsv, parquet, packed or not) and an image"
+    "Read tables of counts and coordinates (csv, tsv, parquet, compressed or not) and an image"
     folder = _is_folder(folder)
     name = name or _folder_name(folder)
     counts = folder/counts if counts else _one(folder, 'counts', _TABLES, '*count*')
@@ -461,7 +463,7 @@ class _Pickled:
 
 @contextmanager
 def _no_unpickling():
-    "No array of a zarr store is unpickled meanwhile"
+    "Within this context, no array of a zarr store is unpickled"
     from numcodecs.registry import codec_registry, get_codec
     kept = type(get_codec(dict(id='pickle')))
     codec_registry['pickle'] = _Pickled
@@ -471,7 +473,7 @@ def _no_unpickling():
 # %% ../nbs/library/19_readers.ipynb #05210a49
 def read_spatialdata(
     path:str|Path, # of a store, `sample.zarr`; of one set of its spots, `sample.zarr/shapes/its_name`
-    image:str|Path|None=None, # full-resolution image; unless given the sharpest in the store that may be in memory whole
+    image:str|Path|None=None, # full-resolution image; unless given, the sharpest in the store that may be held in memory whole
     name:str|None=None, # of the section; the spots' name in the store unless given
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the spots in tissue; positions in pixels of the image used, which is embedded unless it is a file

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np, torch
 from anndata import AnnData
 from scipy import ndimage, sparse
-from .sections import InputError, add_hires, image_mpp, open_image, section_name
+from .files import InputError
+from .sections import add_hires, image_mpp, open_image, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
 from .position import model_grid, spot_positions
@@ -109,7 +110,7 @@ def recover_spots(
     dense:AnnData, # from `predict_superres`
     section:AnnData, # whose spots to recover
 )->AnnData: # spots x panel: HisToGene*
-    "HisToGene*: spot-level expression recovered from sub-patches, by shared area (paper: HisToGene enables super-resolution)"
+    "HisToGene*: spots recovered from sub-patches (paper: HisToGene enables super-resolution), here by area"
     d, corner = dense.uns['histogene']['patch_diameter'], np.asarray(dense.uns['histogene']['corner'])
     k = round(dense.uns['histogene']['superres']**.5)
     step, low = d/k, section.obsm['spatial'] - d/2
@@ -135,12 +136,12 @@ def recover_spots(
 def predict_image(
     model:HisToGene, # trained by `train`
     path:str|Path, # an H&E image
-    spot_diameter:float|None=None, # how many pixels of this image are as wide as a spot of training
+    spot_diameter:float|None=None, # width of a training spot in pixels of this image
     factor:int=1, # 1: patches side by side; 4, 9, 25: super-resolution
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     tile:float|None=None, # see `predict_superres`
-    spot_um:float|None=None, # instead of `spot_diameter`: how many micrometres wide such a spot is, where the file states its resolution
+    spot_um:float|None=None, # instead of `spot_diameter`: that width in micrometres, where the file states its resolution
 )->AnnData: # patches or sub-patches x panel, over the tissue
     "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
     path = Path(path)

@@ -20,7 +20,8 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree, Voronoi
 from scipy.special import expit
 from tqdm.auto import tqdm
-from .sections import InputError, LABEL_COLORS, new_section, section_name, whole_file
+from .files import InputError, whole_file
+from .sections import LABEL_COLORS, new_section, section_name
 
 # %% ../nbs/library/01_tissue.ipynb #3fda9f60
 CELL = 8 # px along each side of a cell of the layout
@@ -51,7 +52,7 @@ def smooth_field(
 def claim(
     field:np.ndarray, # (n, n) smooth field
     scale:float, # its scale in px
-    free:np.ndarray, # (n, n) bool: cells still to be had
+    free:np.ndarray, # (n, n) bool: cells not yet taken
     share:float, # of the free cells, to be taken
 )->np.ndarray: # (n, n) about the distance to the border in px, positive inside
     "The region where a field is high, as a distance"
@@ -241,7 +242,7 @@ def cell_plan(
     layout:dict, # maps of `section_layout`
     shares:np.ndarray, # (6, h, w) of `region_shares`
 )->list: # of (kind, px between neighbours, jitter, (h, w) chance, (h, w) direction or None)
-    "Which nuclei lie where, how close, and which way they point"
+    "Which nuclei lie where, how close together, and which way they point"
     L, across = layout, np.pi/2
     step = lambda s,w: (s/w + .5).clip(0, 1)
     connective,fat,nest,immune,lobule,duct = shares*step(L['edge']-6, 4)
@@ -461,7 +462,7 @@ def programme_shares(
 def pack_shares(
     shares:np.ndarray, # (k, h, w) summing to 1 in each cell
 )->np.ndarray: # (k, h, w) uint8 summing to exactly 255 in each cell
-    "Shares in a byte each; the largest of a cell takes what rounding left over"
+    "Shares as one byte each; the largest in a cell takes what rounding left over"
     q = np.round(shares*255).astype(np.int16)
     top = q.argmax(0)[None]
     np.put_along_axis(q, top, np.take_along_axis(q, top, 0) + 255 - q.sum(0), 0)
@@ -492,7 +493,7 @@ def true_expression(
     truth = section.uns.get('histogene', {}).get('truth')
     if truth is None:
         name = ', '.join(section.uns.get('spatial', {})) or 'this section'
-        raise InputError(f'{name} holds no truth: true_expression is for sections made by synthetic_section.')
+        raise InputError(f'{name} carries no true expression: true_expression is for sections made by synthetic_section.')
     shares, c = np.asarray(truth['shares']), np.asarray(centres, float)
     if c.ndim != 2 or c.shape[1] != 2: raise InputError(f'centres of shape {c.shape}: give one row (x, y) for each window.')
     if not size > 0: raise InputError(f'windows of {size} px: give a size above 0.')
@@ -528,7 +529,7 @@ def synthetic_section(
     pitch:float=224., # px between spots (HER2+: 200 um)
     spot_diameter:float=112., # px (HER2+: 100 um, the paper's patch)
     dispersion:float=.25, # phi of the negative binomial, above 0
-    library:float|None=None, # UMIs that a spot of average tissue yields; None: as many as is usual for the patient
+    library:float|None=None, # UMIs that a spot of average tissue yields; None: as many as are usual for the patient
 )->AnnData: # spots x genes, with the truth in `uns['histogene']['truth']`
     "One section of synthetic tissue: image, spots, counts, labels and truth, the same for the same seed and name"
     if not (pitch > 0 and 0 < spot_diameter <= px/4 and dispersion > 0 and (library is None or library > 0)):

@@ -10,7 +10,7 @@ import numpy as np
 
 # %% ../nbs/library/17_workshop.ipynb #f7605f63
 class NotYet(Exception):
-    "An exercise is not answered, or not rightly; the message says what to look at"
+    "An exercise is not answered, or not correctly; the message says what to look at"
     def _render_traceback_(self): return [f'NotYet: {self}']                  # IPython, and so Jupyter and Colab, show this
 
 # %% ../nbs/library/17_workshop.ipynb #269132b9
@@ -39,7 +39,7 @@ def check(
     answer, # the learner's: a number, a name, a list, array, tensor or column of a table
     right, # the right answer, or a function that tells whether an answer is right
     hint:str, # what to look at if it is not right
-    mistakes:dict={}, # what to say -> the answer that a foreseen mistake gives, or a function that recognizes one
+    mistakes:dict={}, # what to say -> the answer that a foreseen mistake gives, or a function that recognises one
     eps:float=1e-3, # how far numbers may be apart, in units of the largest right one
 ):
     "Say that an answer is right, or raise `NotYet` with what to look at"
@@ -51,5 +51,5 @@ def check(
             return
         said = next((s for s,wrong in mistakes.items() if _same(answer, wrong, eps)), hint)
         if not callable(right) and said is hint and (a := _array(answer).shape) != (b := _array(right).shape): said = f'Your answer has shape {a}, it should have {b}. {hint}'
-    except Exception as e: said = f'{hint} (Your answer, {type(answer).__name__}, could not be looked at: {e}.)'
+    except Exception as e: said = f'{hint} (Your answer, {type(answer).__name__}, could not be checked: {e}.)'
     raise NotYet(f'Exercise {exercise}, not yet. {said}')

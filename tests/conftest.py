@@ -1,10 +1,34 @@
-import json, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, time
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
+from histogene_nb.files import data_folder
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
+
+# With HISTOGENE_DATA set, as in CI, nothing is skipped for want of data: what is missing there is a failure
+WANTS = 'needs the real sections: set HISTOGENE_DATA to the folder that holds her2st'
+needs_counts = pytest.mark.skipif(not (os.environ.get('HISTOGENE_DATA') or (data_folder()/'ST-cnts').is_dir()), reason=f'{WANTS}, or fetch them (50 MB) with histogene_download --no-images')
+needs_images = pytest.mark.skipif(not os.environ.get('HISTOGENE_DATA'), reason=f'{WANTS} with the photographs of B4 and C3, and the published panel')
+
+# What `make quick` leaves out
+LONG = dict(test_notebooks='every notebook run from top to bottom', test_site='the site built', test_browser='and opened in Chromium', test_kills='commands killed at any moment',
+            test_commands='the commands as typed', test_distributed='several processes', test_crossval='Ray', test_slides='slides of 40,000 pixels', test_any_section='whole ways through the commands',
+            test_fuzz='damaged files by the hundred', test_workshop='the workshop worked through', test_properties='properties on random input')
+
+def pytest_addoption(parser): parser.addoption('--quick', action='store_true', help='leave out what takes long')
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption('--quick'): return
+    long = [i for i in items if i.module.__name__ in LONG]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [i for i in items if i not in long]
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption('--quick'): terminalreporter.write_line(f'left out, and run by make test: {", ".join(LONG.values())}')
+    missed = [r for r in terminalreporter.stats.get('skipped', []) if WANTS in str(r.longrepr)]
+    if missed: terminalreporter.write_line(f'{len(missed)} tests were skipped for want of the real sections; the lines SKIPPED say how to get them')
 
 def notebooks(folder='.'):
     "The notebooks in a folder under nbs/, in order, without the workshop's exercises, which are cut from their solutions"
@@ -14,6 +38,17 @@ def cells(path, kind='code'):
     "The cells of a notebook, each with its source as one string"
     nb = json.loads(path.read_text(encoding='utf-8'))
     return [{**c, 'source': ''.join(c['source'])} for c in nb['cells'] if c['cell_type'] == kind]
+
+def wait_for(event, limit=1800):
+    "Until `event()` is true. The limit is no verdict on speed: only what hangs takes so long"
+    start = time.monotonic()
+    while not event():
+        assert time.monotonic() - start < limit, f'nothing happened in {limit} s'
+        time.sleep(.02)
+
+def reads_counts(path):
+    "Whether a notebook works on the real counts, which it downloads where they are not there"
+    return path.parent.name != 'library' and any('download_her2st(' in c['source'] for c in cells(path))
 
 def name(path): return str(path.relative_to(root/'nbs').with_suffix(''))
 

@@ -1,10 +1,12 @@
 "A section of another kind than the model was trained on, one without an image file, and one of any size: by the commands"
 import anndata as ad, numpy as np, pytest
 from PIL import Image
-from histogene_nb.commands import histogene_plot, histogene_predict, histogene_train, write_h5ad
+from histogene_nb.commands import histogene_plot, histogene_predict, histogene_train
+from histogene_nb.crossval import write_h5ad
 from histogene_nb.model import from_pretrained, save_pretrained
 from histogene_nb.position import array_steps, fit_grid, grid_positions, spot_positions
-from histogene_nb.sections import InputError, new_section, section_name
+from histogene_nb.files import InputError
+from histogene_nb.sections import new_section, section_name
 from histogene_nb.superres import predict_image, predict_superres
 from histogene_nb.stnet import load_lite0
 from histogene_nb.texture import Textures, texture_numbers

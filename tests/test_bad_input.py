@@ -1,11 +1,13 @@
 "Bad input beyond reading and downloading sections: one clear error each, what was there before untouched"
-import errno, gzip, json, os, shutil, signal, subprocess, sys, time
+import errno, gzip, json, os, shutil, signal, subprocess, sys, tempfile
 from pathlib import Path
 import anndata as ad, numpy as np, pytest, torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from histogene_nb.commands import histogene_predict, histogene_train, write_h5ad
+from conftest import wait_for
+from histogene_nb.commands import histogene_predict, histogene_train
+from histogene_nb.crossval import write_h5ad
 from histogene_nb.cscc import read_cscc
 from histogene_nb.evaluation import html_report
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel, variable_genes
@@ -13,7 +15,8 @@ from histogene_nb.model import HisToGene, from_pretrained, save_pretrained
 from histogene_nb.patches import extract_patches
 from histogene_nb.readers import read_section
 from histogene_nb.position import grid_positions
-from histogene_nb.sections import InputError, add_hires, read_her2st, section_name
+from histogene_nb.files import InputError
+from histogene_nb.sections import add_hires, read_her2st, section_name
 from histogene_nb.superres import predict_image, predict_superres, recover_spots
 from histogene_nb.texture import train_texture
 from histogene_nb.tissue import synthetic_section
@@ -80,13 +83,13 @@ def cscc_files(root, counts, spots):
 
 def packed(text): return gzip.compress(text.encode(), mtime=0)
 
-BAD_COUNTS = [('', 'first line'), ('\n', 'first line'), ('x\n1\n', 'first line'), ('\tA\tB\n', 'there is no spot'), (COUNTS.replace('\t', ','), 'first line'),
+BAD_COUNTS = [('', 'first line'), ('\n', 'first line'), ('x\n1\n', 'first line'), ('\tA\tB\n', 'it holds no spots'), (COUNTS.replace('\t', ','), 'first line'),
     (COUNTS.replace('2\t3', 'two\t3'), "gene A is 'two', which is not a number"), (COUNTS.replace('2\t3', '-2\t3'), 'gene A at spot 1x1 is negative'), (COUNTS.replace('2\t3', '\t3'), 'not a number'),
-    (COUNTS.replace('2\t3', '9'*60 + '\t3'), 'is infinite'), (COUNTS + '1x1\t1\t1\n', 'spot 1x1 is there twice'), (COUNTS.replace('1x1', 'nanxnan'), 'no grid position'), (COUNTS.replace('1x1', '1e300x1'), 'no grid position'),
+    (COUNTS.replace('2\t3', '9'*60 + '\t3'), 'is infinite'), (COUNTS + '1x1\t1\t1\n', 'spot 1x1 occurs twice'), (COUNTS.replace('1x1', 'nanxnan'), 'no grid position'), (COUNTS.replace('1x1', '1e300x1'), 'no grid position'),
     (COUNTS.replace('1x1', '9'*30 + 'x1'), 'no grid position'), (COUNTS.encode('utf-16'), 'not a number|first line'), (bytes(60), 'first line')]
 BAD_SPOTS = [('', 'not a tab-separated table'), ('\n', 'not a tab-separated table'), ('x\n1\n', 'has no y'), (SPOTS[:SPOTS.index('\n') + 1], 'no spot of it is in'), (SPOTS.replace('\t', ','), 'has no x'),
     (SPOTS.replace('\n1\t', '\none\t'), 'no grid position'), (SPOTS.replace('\n1\t', '\n1e300\t'), 'no grid position'), (SPOTS + '9e99\t1\t5\t5\n', 'no grid position'),
-    (SPOTS + '1\t1\t10\t10\n', 'spot 1x1 is there twice'), (SPOTS.replace('10\t10', 'left\t10'), 'no pixel position'), (SPOTS.encode('utf-16'), 'not a tab-separated table'), (b'\xff'*60, 'not a tab-separated table')]
+    (SPOTS + '1\t1\t10\t10\n', 'spot 1x1 occurs twice'), (SPOTS.replace('10\t10', 'left\t10'), 'no pixel position'), (SPOTS.encode('utf-16'), 'not a tab-separated table'), (b'\xff'*60, 'not a tab-separated table')]
 BAD_GZIP = [(b'hello', 'cannot be unpacked'), (packed(COUNTS)[:5], 'cannot be unpacked'), (packed(COUNTS)[:-9], 'cannot be unpacked'), (packed(COUNTS) + b'more', 'cannot be unpacked'),
     (packed(COUNTS)[:10] + b'\xff'*50, 'cannot be unpacked')]
 
@@ -234,10 +237,10 @@ def test_no_counts_in_a_spot(section, panel):
 
 @pytest.mark.parametrize('n_top', [0, -1, 2.5, float('nan')])
 def test_number_of_variable_genes(section, n_top):
-    for f in (variable_genes, lambda s,n: select_panel([s], n, 5)): refused(f'n_top. is a whole number from 1, not {n_top}', f, section, n_top)
+    for f in (variable_genes, lambda s,n: select_panel([s], n, 5)): refused(f'n_top. must be a whole number, 1 or more, not {n_top}', f, section, n_top)
 
 @pytest.mark.parametrize('min_spots', [-1, float('nan')])
-def test_number_of_spots_of_a_gene(section, min_spots): refused(f'min_spots. is a number from 0, not {min_spots}', select_panel, [section], 40, min_spots)
+def test_number_of_spots_of_a_gene(section, min_spots): refused(f'min_spots. must be a number, 0 or more, not {min_spots}', select_panel, [section], 40, min_spots)
 
 def test_section_without_a_count(made, section):
     section.X = section.X*0
@@ -423,7 +426,7 @@ def test_training_checkpoint_of_another_run(made, tmp_path):
     for other in (dict(lr=1e-4), dict(seed=1), dict(augment=True), dict(examples=data[:1]), dict(examples=data[::-1]), dict(model=fresh(made, dim=32))):
         message = refused('of a run with other data or settings', fit, **{**run, **other})
         assert 'training.safetensors' in message and file.read_bytes() == before
-    refused('has done 2 epochs already, more than the 1', fit, **{**run, 'epochs': 1})
+    refused('has already done 2 epochs, more than the 1', fit, **{**run, 'epochs': 1})
 
 def test_targets_that_are_not_finite(made):
     data = examples(made)
@@ -487,10 +490,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(made, tmp_path):
     file, env = tmp_path/'training.safetensors', {**os.environ, 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1'}
     process = subprocess.Popen(run('never', file, 100_000), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(1200):
-            if file.exists(): break
-            time.sleep(.05)
-        time.sleep(.1)
+        wait_for(lambda: file.exists() or process.poll() is not None)
     finally: process.kill(); process.wait()
     assert process.returncode == -signal.SIGKILL and not (tmp_path/'never').exists()
     with safe_open(file, 'pt') as f: done = len(json.loads(f.metadata()['state'])['losses'])
@@ -520,8 +520,8 @@ def set_count(value):
     (change('scalefactors', lambda s: s.update(spot_diameter_fullres=np.nan)), 'spot diameter of nan'), (change('metadata', lambda m: m.update(source_image_path='gone.jpg')), 'gone.jpg: there is no such image'),
     (lambda a: a.obsm['spatial'].__setitem__(2, [50_000, 5]), 'spot 2x0 at pixel .* is outside the image'), (lambda a: a.obsm['spatial'].__setitem__(2, np.nan), 'spot 2x0 has no pixel position'),
     (lambda a: a.obs.__setitem__('array_col', [f'c{i}' for i in range(len(a))]), "array_col.*other than whole numbers"), (lambda a: a.obs.__setitem__('array_col', np.nan), 'array_col'),
-    (lambda a: a.obs.__setitem__('array_col', 0), 'array position 0x0 is there twice'),
-    (lambda a: setattr(a, 'obs_names', ['s', 's', *a.obs_names[2:]]), 'spot s is there twice')])
+    (lambda a: a.obs.__setitem__('array_col', 0), 'array position 0x0 occurs twice'),
+    (lambda a: setattr(a, 'obs_names', ['s', 's', *a.obs_names[2:]]), 'spot s occurs twice')])
 @pytest.mark.filterwarnings('ignore')
 def test_h5ad_that_is_no_section(section, tmp_path, f, match):
     section.obs_names = [f'{x}x{y}' for x,y in zip(section.obs.array_col, section.obs.array_row)]
@@ -647,15 +647,21 @@ def test_limit_on_the_size_of_files(made, tmp_path):
     assert not [p for p in out.rglob('*') if p.is_file()]
 
 @pytest.mark.parametrize('what', ['model', 'h5ad', 'report'])
-def test_folder_that_cannot_be_written(made, other_model, tmp_path, what):
-    if os.geteuid() == 0: pytest.skip('root may write anywhere')
-    save = savers(made, other_model)[what]
-    save(tmp_path/'out', True)
-    before = state(tmp_path/'out')
-    (tmp_path/'out').chmod(0o500)
-    try: refused('cannot', save, tmp_path/'out', False)
-    finally: (tmp_path/'out').chmod(0o700)
-    assert state(tmp_path/'out') == before
+def test_folder_that_cannot_be_written(made, other_model, what):
+    "Root may write anywhere, so root is somebody else meanwhile"
+    save, root = savers(made, other_model)[what], os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)/'out'
+        save(out, True)
+        before = state(out)
+        Path(folder).chmod(0o755); out.chmod(0o555)
+        try:
+            if root: os.seteuid(65534)
+            refused('cannot', save, out, False)
+        finally:
+            if root: os.seteuid(0)
+            out.chmod(0o700)
+        assert state(out) == before
 
 def test_out_is_a_file(made, tmp_path):
     (tmp_path/'out').write_text('mine')

@@ -1,13 +1,16 @@
 "The commands as they are typed: what they print, what they write, and how they fail"
-import json, os, re, shutil, signal, subprocess, sys, tempfile, time
+import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
-from types import SimpleNamespace
 import anndata as ad, numpy as np, pandas as pd, pytest, torch
+import forks
+from conftest import needs_images, wait_for
 from safetensors.torch import load_file
-from histogene_nb.commands import histogene_download, histogene_predict, histogene_train, write_h5ad
+from histogene_nb.commands import histogene_download, histogene_predict, histogene_train
+from histogene_nb.crossval import write_h5ad
 from histogene_nb.model import from_pretrained
 from histogene_nb.readers import read_section
-from histogene_nb.sections import InputError, section_name, write_her2st
+from histogene_nb.files import InputError
+from histogene_nb.sections import section_name, write_her2st
 from histogene_nb.tissue import synthetic_section
 
 NAMES = ['histogene_demo', 'histogene_download', 'histogene_plot', 'histogene_predict', 'histogene_train']
@@ -28,34 +31,14 @@ def finish(process):
     process.out, process.err = process.communicate()
     return process
 
-def run(name, *args, **kwargs):
-    process = finish(start(name, *args, **kwargs))
+def run(name, *args):
+    process, = run_all([name, *args])
     assert process.returncode == 0, process.err
     return process
 
-BATCH = """
-import json, os, runpy, sys
-import histogene_nb.commands
-folder, commands = sys.argv[1], json.loads(sys.argv[2])
-for i,args in enumerate(commands):
-    pid = os.fork()
-    if not pid:
-        for n,name in ((1, 'out'), (2, 'err')): os.dup2(os.open(f'{folder}/{i}.{name}', os.O_WRONLY | os.O_CREAT), n)
-        del sys.modules['histogene_nb.commands']
-        sys.argv = args
-        runpy.run_path(args[0], run_name='__main__')
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 def run_all(*commands):
-    "Several console scripts, each in a process of its own; PyTorch is imported once, and they are forked from there"
-    if not hasattr(os, 'fork'): return [finish(start(*c)) for c in commands]
-    with tempfile.TemporaryDirectory() as folder:
-        args = json.dumps([[command(c[0]), *map(str, c[1:])] for c in commands])
-        r = subprocess.run([sys.executable, '-c', BATCH, folder, args], env=environment(), capture_output=True, text=True, check=True)
-        return [SimpleNamespace(returncode=int(code), out=(Path(folder)/f'{i}.out').read_text(), err=(Path(folder)/f'{i}.err').read_text())
-                for i,code in enumerate(r.stdout.split())]
+    "Several console scripts, one after the other, each in a process of its own that need not import PyTorch anew"
+    return [forks.run(forks.script, command(c[0]), *map(str, c[1:]), environment=environment()) for c in commands]
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
@@ -116,9 +99,7 @@ def test_trained_again_is_the_same(model, files, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def checkpoint_after(process, file):
-    for _ in range(1200):
-        if file.exists() or process.poll() is not None: break
-        time.sleep(.05)
+    wait_for(lambda: file.exists() or process.poll() is not None)
     assert file.exists(), process.communicate()
 
 def test_texture_model(files, tmp_path):
@@ -201,9 +182,12 @@ def test_scanpy_opens_it(files, predictions, kind):
     import matplotlib.pyplot as plt, scanpy as sc
     a = sc.read_h5ad(files/f'{kind}.h5ad')
     gene = a.var_names[0]
-    sc.pl.spatial(a, color=gene, show=False)
-    sc.pl.embedding(a, basis='spatial', color=gene, show=False)
+    on_image, = sc.pl.spatial(a, color=gene, show=False)
+    plain = sc.pl.embedding(a, basis='spatial', color=gene, show=False)
+    assert on_image.images and on_image.get_title() == plain.get_title() == gene
+    for ax in (on_image, plain): assert sorted(ax.collections[0].get_array()) == pytest.approx(sorted(a[:, gene].X.ravel()))
     sc.pp.pca(a, n_comps=3)
+    assert a.obsm['X_pca'].shape == (len(a), 3) and a.uns['pca']['variance'][0] > 0
     plt.close('all')
 
 # --- from a notebook
@@ -223,7 +207,7 @@ def test_errors_are_one_line(model, files, tmp_path):
     cases = [(['histogene_train', files/'X1.h5ad', '--out', model, *TINY], 'there is a trained model already'),
              (['histogene_train', 'Q9', '--root', files/'her2st', *out('m1')], 'Q9'),
              (['histogene_train', files/'X1.h5ad', '--device', 'cuda:77', *TINY, *out('m2')], "There is no device 'cuda:77'"),
-             (['histogene_predict', tmp_path/'nothing', files/'Y1.h5ad', *out('p.h5ad')], 'is no saved model'),
+             (['histogene_predict', tmp_path/'nothing', files/'Y1.h5ad', *out('p.h5ad')], 'is not a saved model'),
              (['histogene_predict', model, files/'Z9.h5ad', *out('p.h5ad')], 'Z9.h5ad'),
              (['histogene_predict', model, '--image', tmp_path/'cut.jpg', '--spot-diameter', 112, *out('p.h5ad')], 'cut.jpg'),
              (['histogene_predict', model, *out('p.h5ad')], 'Give either a section or --image'),
@@ -260,8 +244,8 @@ def test_demo(tmp_path):
 
 # --- the real sections
 
+@needs_images
 def test_real_sections(tmp_path):
-    if not os.environ.get('HISTOGENE_DATA'): pytest.skip('HISTOGENE_DATA is not set: it names the folder that holds her2st')
     panel = Path(os.environ['HISTOGENE_DATA'])/'reference/published_panel_785.csv'
     out, cache = tmp_path/'model', ['--cache', tmp_path/'cache']
     run('histogene_train', 'B4', '--panel', panel, '--out', out, '--dim', 32, '--depth', 1, '--heads', 2, '--epochs', 1, '--lr', 1e-3, *cache)

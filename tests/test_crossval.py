@@ -1,12 +1,13 @@
 "Cross-validation on a Ray cluster, and what can go wrong in a run"
-import json, os, signal, subprocess, sys, textwrap, time
-import filelock, pandas as pd, psutil, pytest
+import json, os, re, shutil, subprocess, sys, tempfile, threading
+import filelock, numpy as np, pandas as pd, psutil, pytest
 from functools import partial
 from histogene_nb.crossval import baselines, correlations, cross_validate, fold_names, histogene, read_tables, seconds_left, write_tables
-from histogene_nb.sections import InputError
+from histogene_nb.files import InputError
 from histogene_nb.tissue import synthetic_section
+from conftest import root
 
-os.environ['RAY_raylet_start_wait_time_s'] = '180'             # a busy machine takes longer than Ray's 30 s to start it
+pytestmark = pytest.mark.xdist_group('ray')                          # one cluster for all
 
 NAMES = ['X1', 'X2', 'Y1']
 RULE = dict(n_top=30, min_spots=30)
@@ -33,51 +34,58 @@ def same(a, b):
         assert (a/n/'scores.csv').read_text() == (b/n/'scores.csv').read_text()
         assert json.loads((a/n/'fold.json').read_text())['losses'] == json.loads((b/n/'fold.json').read_text())['losses']
 
-def at_work(process):
-    "Whether this is a Ray worker in the middle of a fold"
-    try: return process.name().startswith('ray::run_fold')
-    except psutil.NoSuchProcess: return False                       # it has ended meanwhile
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+    "Two workers on this machine, started once; a start that fails for want of time is tried again"
+    pytest.importorskip('ray')
+    ray, temp = [sys.executable, '-m', 'ray.scripts.scripts'], tempfile.mkdtemp(prefix='ray')               # a short name: sockets lie in it
+    head = [*ray, 'start', '--head', '--node-ip-address=127.0.0.1', '--num-cpus=2', '--include-dashboard=false', '--disable-usage-stats', f'--object-store-memory={2*10**8}', '--port=0', f'--temp-dir={temp}']
+    patient = {f'RAY_{k}': '1800' for k in ('raylet_start_wait_time_s', 'worker_register_timeout_seconds', 'gcs_rpc_server_reconnect_timeout_s', 'gcs_server_request_timeout_seconds')}
+    patient |= dict(RAY_AUTH_MODE='disabled', RAY_health_check_timeout_ms='600000', RAY_health_check_period_ms='60000', OMP_NUM_THREADS='1', COLUMNS='200', PYTHONPATH=os.pathsep.join([str(root/'tests'), str(root/'tools')]))
+    for _ in range(3):
+        started = subprocess.run(head, env={**os.environ, **patient}, capture_output=True, text=True)
+        if started.returncode == 0: break
+        subprocess.run([*ray, 'stop', '--force'], capture_output=True)
+    else: pytest.fail(f'Ray does not start: {started.stdout}{started.stderr}', pytrace=False)
+    yield re.search(r"--address='([\d.:]+)'", started.stdout)[1], temp
+    import ray as client
+    client.shutdown()
+    subprocess.run([*ray, 'stop', '--force'], capture_output=True)
+    shutil.rmtree(temp, ignore_errors=True)
 
-def test_ray_with_a_worker_killed(tissue, sequential, tmp_path):
+def at_work(temp, out):
+    "The cluster's workers in the middle of a fold of the run in the folder `out`"
+    raylets = [p for p in psutil.process_iter() if happened(lambda: p.name() == 'raylet' and any(temp in word for word in p.cmdline()))]
+    workers = [p for r in raylets for p in happened(r.children) or () if happened(lambda: p.name().startswith('ray::run_fold'))]
+    return workers if list(out.glob('.*.part/training.safetensors')) else []
+
+def happened(what):
+    "What is asked of a process that may have ended meanwhile"
+    try: return what()
+    except psutil.Error: return False
+
+def test_ray_with_a_worker_killed(tissue, sequential, cluster, tmp_path, capsys):
     "Two workers, one killed in the middle of its fold: the run completes, and equals the sequential one"
-    script, out = tmp_path/'on_ray.py', tmp_path/'ray'
-    script.write_text(textwrap.dedent(f'''
-        import ray
-        from functools import partial
-        from pathlib import Path
-        import pandas as pd
-        from histogene_nb.crossval import cross_validate, histogene
-        from histogene_nb.tissue import synthetic_section
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        names = {NAMES}
-        small = partial(histogene, **{SMALL.keywords})
-        read = partial(synthetic_section, {str(tissue[0])!r}, px=2000)
-        cross_validate(lambda name: read(name=name), pd.DataFrame(dict(patient=[n[0] for n in names]), index=pd.Index(names, name='section')), dict(HisToGene=small), {str(out)!r}, panel={RULE}, ray='local', cores=1)
-    '''))
-    run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    killed, deadline = None, time.time() + 240
-    while killed is None:
-        assert run.poll() is None and time.time() < deadline, run.communicate()[0]
-        workers = [p for p in psutil.Process(run.pid).children(recursive=True) if at_work(p)]
-        if list(out.glob('.*.part/training.safetensors')) and workers:
-            killed = workers[0]
-            killed.send_signal(signal.SIGKILL)
-        time.sleep(.02)
-    said = run.communicate(timeout=300)[0]
-    assert run.returncode == 0, said
+    (address, temp), out, killed = cluster, tmp_path/'ray', threading.Event()
+    def kill():
+        while not killed.wait(.02):
+            for p in at_work(temp, out)[:1]:
+                if happened(p.kill) is None: killed.set()
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    try: cross_validate(tissue[1].__getitem__, CATALOGUE, dict(HisToGene=SMALL), out, panel=RULE, ray=address, cores=1)
+    finally: early = not killed.is_set(); killed.set(); killer.join()
+    said = capsys.readouterr().out
+    assert not early, 'the run ended before a worker was killed'
     assert '3 of 3 done' in said
     same(out, sequential)
     for f in out.glob('*/fold.json'):                                # each line tells of the fold that it names
         found = json.loads(f.read_text())
         assert f"HisToGene, {found['test'][0]} left out, seed 0: mean r HisToGene {found['mean_r'][0]['mean']:.3f}" in said
 
-def test_ray_without_enough_cores(tissue, tmp_path):
-    ray = pytest.importorskip('ray')
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        with pytest.raises(InputError, match='has 1 cores .* with 8 cores .* does not fit'):
-            cross_validate(tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run', panel=RULE, ray='local', cores=8)
-    finally: ray.shutdown()
+def test_ray_without_enough_cores(tissue, cluster, tmp_path):
+    with pytest.raises(InputError, match='has 2 cores .* with 8 cores .* does not fit'):
+        cross_validate(tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run', panel=RULE, ray=cluster[0], cores=8)
 
 def test_ray_is_optional(tissue, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
@@ -111,7 +119,7 @@ def test_failed_fold_leaves_the_others(tissue, tmp_path):
 def test_time_left():
     done = [dict(method='a', seconds=10, n_training_spots=100, resumed=False), dict(method='a', seconds=1, n_training_spots=100, resumed=True)]
     assert seconds_left([('a', 200), ('a', 100)], done) == pytest.approx(30)
-    assert seconds_left([('a', 200), ('b', 100)], done) != seconds_left([('a', 200), ('b', 100)], done)          # NaN: b has not been timed
+    assert np.isnan(seconds_left([('a', 200), ('b', 100)], done))                                               # b has not been timed
 
 def test_only_some_folds(tissue, tmp_path):
     args = (tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run')

@@ -1,9 +1,9 @@
 "Several sections a step, several processes: what one process does, `torchrun` does with two; and random numbers stay as they were"
 import json, subprocess, sys
 import psutil, pytest, torch
-from histogene_nb.commands import write_h5ad
+from histogene_nb.crossval import write_h5ad
 from histogene_nb.model import HisToGene, from_pretrained, read_tensors
-from histogene_nb.sections import InputError
+from histogene_nb.files import InputError
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.training import fit
 from test_commands import TINY, checkpoint_after, command, environment, finish, start

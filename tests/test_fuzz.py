@@ -1,7 +1,7 @@
 "A fixed sample of tools/fuzz.py: damaged files of every kind are refused with the package's own error, or read correctly"
 import itertools
 import fuzz, pytest
-from histogene_nb.sections import InputError
+from histogene_nb.files import InputError
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):

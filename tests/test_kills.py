@@ -9,7 +9,7 @@ if os.name != 'posix': pytest.skip('there is no SIGKILL here', allow_module_leve
 import kills
 from histogene_nb.measures import morans_i
 from histogene_nb.model import from_pretrained, read_tensors, save_pretrained, save_tensors
-from histogene_nb.sections import InputError
+from histogene_nb.files import InputError
 
 pytestmark = pytest.mark.xdist_group('kills')
 
@@ -65,7 +65,7 @@ def test_a_model_killed_while_saved_over_another_is_never_half_of_each(made, tmp
         save_pretrained(other, out/'model')
         killed = kills.run(partial(save_over, folder/'model'), out, change=change)[0]
         try: found = from_pretrained(out/'model')
-        except InputError as e: seen.add('refused'); assert 'are of two models' in str(e)
+        except InputError as e: seen.add('refused'); assert 'belong to two different models' in str(e)
         else:
             which = 'old' if found.about['genes'] != genes else 'new'
             seen.add(which)

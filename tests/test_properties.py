@@ -19,7 +19,8 @@ from histogene_nb.model import HisToGene, attention_maps
 from histogene_nb.patches import cut_patches, dense_grid, extract_patches, flatten_patches, in_tissue
 from histogene_nb.position import fit_grid, grid_positions, pixel_positions
 from histogene_nb.readers import array_positions, image_scale, read_section, read_st, read_visium
-from histogene_nb.sections import InputError, TiledImage, check_counts, leave_one_out, new_section, open_image, read_her2st, section_name, whole_file, write_her2st
+from histogene_nb.files import InputError, whole_file
+from histogene_nb.sections import TiledImage, check_counts, leave_one_out, new_section, open_image, read_her2st, section_name, write_her2st
 from histogene_nb.superres import average_patches, predict_dense, recover_spots
 from histogene_nb.texture import TextureModel
 from histogene_nb.training import turn_patches

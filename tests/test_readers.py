@@ -7,7 +7,8 @@ from PIL import Image
 from scipy import sparse
 from histogene_nb.commands import histogene_predict, histogene_train
 from histogene_nb.readers import read_section, read_spatialdata, read_visium
-from histogene_nb.sections import InputError, section_name
+from histogene_nb.files import InputError
+from histogene_nb.sections import section_name
 
 PX, SIDE = 400, 8                                                             # of the full image, and of the smallest bin: pixels of 1 µm
 GENES = [f'G{i}' for i in range(30)]

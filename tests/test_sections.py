@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from histogene_nb import sections
+from histogene_nb.files import InputError, data_folder, whole_file
 from histogene_nb.sections import *
 
 GENES = ['ERBB2', 'KRT19', 'COL1A1', 'CD3E', 'GAPDH']
@@ -77,9 +78,9 @@ def test_spot_without_pixel_position(args):
     refused('spot 7x6 has no pixel position', new_section, **args)
 
 @pytest.mark.parametrize('key,value,match', [
-    ('spots', ['5x5']*2 + ['z%d' % i for i in range(10)], 'spot 5x5 is there twice'),
-    ('genes', ['A', 'B', 'B', 'C', 'D'], 'gene B is there twice'),
-    ('array_col', np.full(12, 5), 'array position 5x5 is there twice'), ('genes', GENES[:4], '5 columns for 4 genes'),
+    ('spots', ['5x5']*2 + ['z%d' % i for i in range(10)], 'spot 5x5 occurs twice'),
+    ('genes', ['A', 'B', 'B', 'C', 'D'], 'gene B occurs twice'),
+    ('array_col', np.full(12, 5), 'array position 5x5 occurs twice'), ('genes', GENES[:4], '5 columns for 4 genes'),
     ('counts', np.zeros((11, 5)), 'counts has 11 rows for 12'), ('spatial', np.zeros((11, 2)), 'spatial has 11 rows for 12'),
     ('genes', [], '0 genes')])
 def test_parts_that_do_not_fit(args, key, value, match): refused(match, new_section, **args | {key: value})
@@ -142,21 +143,21 @@ def test_not_gz(root):
 @pytest.mark.parametrize('path,f,match', [
     (COUNTS, lines(lambda l: l[1:]), 'first line should be'), (COUNTS, lambda t: '', 'first line should be'),
     (COUNTS, lambda t: t.replace('\tKRT19', '\t'), 'first line should be'),
-    (COUNTS, lambda t: t.replace('KRT19', 'ERBB2'), 'gene ERBB2 is there twice'),
-    (COUNTS, lines(lambda l: l[:1]), 'there is no spot'),
+    (COUNTS, lambda t: t.replace('KRT19', 'ERBB2'), 'gene ERBB2 occurs twice'),
+    (COUNTS, lines(lambda l: l[:1]), 'it holds no spots'),
     (COUNTS, lambda t: t[:-4], 'line 13, spot 8x7: 4 counts, but the header names 5'),
     (COUNTS, lambda t: t[:-4] + '\t1\t1\t1\n', 'spot 8x7: 7 counts'),
     (COUNTS, lambda t: t.replace('6x5\t', '6x5\t-'), 'gene ERBB2 at spot 6x5 is negative'),
     (COUNTS, lambda t: t.replace('6x5\t', '6x5\t0.'), 'gene ERBB2 at spot 6x5 is fractional'),
     (COUNTS, lambda t: t.replace('6x5\t', '6x5\tx'), "line 3, spot 6x5: the count of gene ERBB2 is 'x.*not a number"),
     (COUNTS, lambda t: t.replace('6x5\t', '6x5\tinf\t').replace('KRT19', 'KRT19\tMORE'), 'not a number|is infinite|counts, but'),
-    (COUNTS, lambda t: t.replace('6x5', '5x5'), 'spot 5x5 is there twice'),
-    (COUNTS, lambda t: t.replace('6x5', '5.1x4.9'), 'spot 5x5 is there twice'),
+    (COUNTS, lambda t: t.replace('6x5', '5x5'), 'spot 5x5 occurs twice'),
+    (COUNTS, lambda t: t.replace('6x5', '5.1x4.9'), 'spot 5x5 occurs twice'),
     (COUNTS, lambda t: t.replace('6x5', 'six'), "spot 'six' has no grid position"),
     (COUNTS, lambda t: t.replace('6x5', '6'), 'has no grid position'),
     (COUNTS, lambda t: t.replace('x', '0x'), 'no spot of it is in T1_selection.tsv'),
     (SPOTS, lambda t: t.replace('pixel_x', 'px'), 'has no pixel_x'), (SPOTS, lambda t: '', 'not a tab-separated table'),
-    (SPOTS, lines(lambda l: l + l[-1:]), 'spot 8x7 is there twice'),
+    (SPOTS, lines(lambda l: l + l[-1:]), 'spot 8x7 occurs twice'),
     (SPOTS, lines(lambda l: l[:1] + [i + '\t1' for i in l[1:]]), 'more cells than the header'),
     (SPOTS, lines(lambda l: l[:-1] + [l[-1] + '\t1\t2']), 'not a tab-separated table'),
     (SPOTS, lambda t: t[:t.rindex('7\t8')], 'has no'),
@@ -164,7 +165,7 @@ def test_not_gz(root):
      'spot 7x5 has no pixel position'),
     (SPOTS, lambda t: t.replace('\n6\t5', '\nNA\t5'), 'has no grid position'),
     (LABELS, lambda t: t.replace('label', 'lab'), 'has no label'),
-    (LABELS, lines(lambda l: l + l[-1:]), 'label 8x7 is there twice')])
+    (LABELS, lines(lambda l: l + l[-1:]), 'label 8x7 occurs twice')])
 def test_damaged_tables(root, path, f, match):
     edit(root, path, f)
     refused(match, read_her2st, root, 'T1')
@@ -255,7 +256,7 @@ def test_whole_file_keeps_what_was_there(tmp_path):
     assert f.read_text() == 'before' and list(tmp_path.iterdir()) == [f]
 
 KILLED = """import os, signal, sys, time
-from histogene_nb.sections import whole_file
+from histogene_nb.files import whole_file
 with whole_file(sys.argv[1]) as part:
     part.write_text('half')
     part.with_name(part.name + '.gz').write_text('packed')
@@ -430,7 +431,7 @@ def test_git_blob_sha1(tmp_path):
 
 @pytest.fixture(scope='module')
 def real():
-    if not os.environ.get('HISTOGENE_DATA'): pytest.skip('HISTOGENE_DATA is not set: it names the folder that holds her2st')
+    if not os.environ.get('HISTOGENE_DATA'): pytest.skip(WANTS)
     return data_folder()
 
 @pytest.fixture(scope='module')

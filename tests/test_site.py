@@ -12,15 +12,17 @@ def test_nothing_missing(site): assert check_site(site) == []
 
 @pytest.mark.parametrize('path', notebooks(), ids=name)
 def test_page(site, path):
-    "Each notebook has a page with its title, its figures, and its formulas set."
+    "Each notebook has a page with its title, as many figures as it saved, and each formula of its text and docstrings set."
     html = (site/page_of(path)).read_text(encoding='utf-8')
     page, text = Page(html), '\n'.join(c['source'] for c in cells(path, 'markdown'))
     assert re.search(r'^# (.+)', text, re.M)[1].replace('`', '') in page.title
     hidden = re.compile(r'^#\| *(hide\b|output: *false|include: *false)', re.M)
     pictures = sum(any(k.startswith('image/') for k in o.get('data', {})) and 'text/html' not in o['data']
                    for c in cells(path) if not hidden.search(c['source']) for o in c['outputs'])
-    assert page.figures >= pictures
-    assert bool(page.maths) >= ('$$' in text)
+    assert page.figures == pictures
+    said = [text, *(d for c in cells(path) if c['source'].startswith('#| export') for d in re.findall(r'^ {4}"([^"\n]*)"$', c['source'], re.M))]
+    formulas = [f for s in said for f in re.findall(r'\$\$.+?\$\$|(?<![\\$])\$(?=\S)(?:[^$\n]|\n(?!\n))+?(?<=\S)\$', re.sub(r'```.*?```|`[^`\n]*`', '', s, flags=re.S), re.S)]
+    assert page.maths == len(formulas)
     assert r'\(' not in re.sub(r'<(code|script|style|annotation)\b.*?</\1>', '', html, flags=re.S)
 
 def test_links_of_a_page(site, about):
@@ -84,12 +86,13 @@ def test_what_is_folded(site):
     ('<a href="/index.html">', 'is not relative'),
     ('<a href="../../index.html">', 'is outside the site'),
     ('<img src="gone.png">', 'gone.png is not there'),
+    ('<p>see [<a href="#top"><code>fit</code></a>](07_training.html)</p>', 'a link shows as text: ](07_training.html)'),
     ('<script src="https://cdn.example.org/a.js"></script>', 'loads https://cdn.example.org/a.js'),
     ('<link rel="stylesheet" href="//cdn.example.org/a.css">', 'loads //cdn.example.org/a.css'),
     ('<style>@font-face{src:url(https://example.org/a.woff2)}</style>', 'loads https://example.org/a.woff2'),
     ('<script type="module">import a from "https://example.org/a.mjs"</script>', 'loads https://example.org/a.mjs'),
     ('<link rel="stylesheet" href="a.css">', 'loads https://fonts.example.org/b'),
-    ('<a href="https://example.org"><img src="data:image/png;base64,AA=="><a href="?q#top">', None)])
+    ('<a href="https://example.org"><img src="data:image/png;base64,AA=="><a href="?q#top"><code>[a](b)</code>', None)])
 def test_checker(tmp_path, html, fault):
     "The checker finds each kind of fault, and lets links to other sites be."
     (tmp_path/'index.html').write_text(f'<html><body id="top">{html}</body></html>')

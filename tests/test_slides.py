@@ -6,7 +6,8 @@ from anndata import AnnData
 from PIL import Image
 from scipy import sparse
 from histogene_nb.patches import cut_patches, extract_patches
-from histogene_nb.sections import InputError, SlideImage, TiledImage, add_hires, check_counts, image_mpp, open_image, small_copy
+from histogene_nb.files import InputError
+from histogene_nb.sections import SlideImage, TiledImage, add_hires, check_counts, image_mpp, open_image, small_copy
 from histogene_nb.superres import predict_image
 from conftest import root
 
@@ -138,13 +139,13 @@ def test_damaged_slides(tmp_path):
     for i in range(300):
         data, header = bytearray(good), i % 2
         for at in rng.integers(0, 1000 if header else len(good), rng.integers(1, 9)): data[at] = rng.integers(256)
-        path, start = tmp_path/'bad.tif', time.perf_counter()
+        path, start = tmp_path/'bad.tif', time.process_time()
         path.write_bytes(data[:rng.integers(8, len(good))] if i % 5 == 0 else data)
         try:
             extract_patches(section_of(path), 64, CENTRES), add_hires(section_of(path))
             result = 'read'
         except InputError as e: result = 'refused'; assert 'bad.tif' in str(e)
-        assert time.perf_counter() - start < 20
+        assert time.process_time() - start < 20                                # of computing, however busy the machine is
         seen[result] = seen.get(result, 0) + 1
     assert set(seen) == {'read', 'refused'}, seen
 
@@ -319,7 +320,8 @@ def test_damaged_slides_of_scanners(tmp_path, name):
 import warnings
 from pathlib import Path
 import numpy as np
-from histogene_nb.sections import InputError, decoding, open_image, small_copy
+from histogene_nb.files import InputError
+from histogene_nb.sections import decoding, open_image, small_copy
 warnings.simplefilter('ignore')
 path = Path(path)
 good, rng, seen = path.read_bytes(), np.random.default_rng(0), {}

@@ -13,7 +13,8 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from histogene_nb.sections import data_folder, new_section, read_her2st, released_sections
+from histogene_nb.files import data_folder
+from histogene_nb.sections import new_section, read_her2st, released_sections
 from histogene_nb.expression import read_panel
 from histogene_nb.model import HisToGene
 from histogene_nb.position import fit_grid, pixel_positions
@@ -243,7 +244,21 @@ def stream_4(): return stream(4)
 def stream_32(): return stream(32)
 def stream_32_in_memory(): return stream(32, copied)
 
-STEPS = dict(load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x', 'superres_25x_tiles'), long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_8000_one_layer', 'long_ours_100000_one_layer'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
+MISTAKES = dict(download=['J7'], train=['nowhere/section.h5ad', '--out', 'model'], predict=['nowhere', 'C3'], plot=['nowhere.h5ad'], reproduce=['nowhere/section.h5ad'])
+
+def answers():
+    "Seconds until a command has answered, the best of three: its help, a mistyped path or name, and what importing all that it works with takes"
+    def seconds(*words):
+        start = time.perf_counter()
+        done = subprocess.run([str(w) for w in words], cwd=cache, capture_output=True, text=True)
+        if 'Traceback' in done.stderr: sys.exit(done.stderr)
+        return time.perf_counter() - start
+    def best(*words): return min(seconds(*words) for _ in range(3))
+    path, everything = Path(sys.executable).parent, 'import histogene_nb.crossval, histogene_nb.superres, histogene_nb.texture, scanpy, sklearn.cluster'
+    return {'importing everything': best(sys.executable, '-c', everything), 'help': {c: best(path/f'histogene_{c}', '--help') for c in ('demo', *MISTAKES)},
+            'mistake': {c: best(path/f'histogene_{c}', *words) for c,words in MISTAKES.items()}}
+
+STEPS = dict(answers=('answers',), load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x', 'superres_25x_tiles'), long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_8000_one_layer', 'long_ours_100000_one_layer'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
 
 def measure(step):
     out = subprocess.run([sys.executable, __file__, '--step', step], capture_output=True, text=True)
@@ -255,7 +270,7 @@ def main(steps):
     global cache
     with tempfile.TemporaryDirectory() as folder:
         os.environ['BENCHMARK_CACHE'] = cache = folder
-        for n in SECTIONS: training_example(read_her2st(data_folder(), n, verbose=False), the_panel(), cache=cache)     # warm
+        for n in SECTIONS if steps != ['answers'] else (): training_example(read_her2st(data_folder(), n, verbose=False), the_panel(), cache=cache)     # warm
         if 'superres' in steps: dense_input()
         if 'stream' in steps: warm_many(32)
         found = {s: measure(s) for step in steps for s in STEPS[step]}

@@ -6,15 +6,16 @@ from urllib.parse import unquote, urldefrag
 
 external = re.compile(r'(?:https?:)?//', re.I)
 css_url = re.compile(r'''url\(\s*['"]?([^'")]+)|@import\s+['"]([^'"]+)''')
+text_link = re.compile(r'\]\([^()\s]+\)?')
 script_url = re.compile(r'''(?:import|from|fetch\(|src\s*=|href\s*=)\s*\(?['"]((?:https?:)?//[^'"]+)''')
 
 
 class Page(HTMLParser):
-    "The ids of a page, its links, what it loads, and how many figures and formulas it shows"
+    "The ids of a page, its links, what it loads, how many figures and formulas it shows, and what looks like a link but is text"
     def __init__(self, html):
         super().__init__()
         self.ids, self.links, self.loads, self.figures, self.inside = set(), [], [], 0, []
-        self.title, self.maths = '', 0
+        self.title, self.maths, self.text_links = '', 0, []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -44,6 +45,7 @@ class Page(HTMLParser):
         if tag == 'style': self.loads += css_urls(data)
         if tag == 'script': self.loads += script_url.findall(data)
         if tag == 'title': self.title += data
+        if not {'pre', 'code', 'script', 'style', 'annotation', 'textarea'} & {t for t,_ in self.inside}: self.text_links += text_link.findall(data)
 
 
 def css_urls(css): return [a or b for a, b in css_url.findall(css)]
@@ -74,6 +76,7 @@ def check_site(site):
         if anchor and to in pages and anchor not in pages[to].ids: say(file, f'{href}: the page has no #{anchor}')
 
     for file, page in pages.items():
+        for text in page.text_links: say(file, f'a link shows as text: {text}')
         for href in dict.fromkeys(page.links): check(file, href, False)
         for href in dict.fromkeys(page.loads): check(file, href, True)
     for file in sorted(site.rglob('*.css')):

@@ -6,7 +6,7 @@ Training, prediction, cross-validation and download are killed at N moments spre
 in a shell; then as often just before one of the changes that they make to files (a file opened for writing, moved or removed, a folder made). A run is
 killed up to three times in a row before it may end. The table goes into the package.
 """
-import json, multiprocessing, os, signal, sys, tempfile, threading, time
+import json, os, signal, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +14,7 @@ from pathlib import Path
 from shutil import copytree
 import anndata as ad, numpy as np, pandas as pd
 import histogene_nb
+from forks import context
 from histogene_nb.commands import histogene_predict, histogene_train, reader
 from histogene_nb.crossval import baselines, cross_validate, histogene, provenance, write_h5ad, write_tables
 from histogene_nb.expression import read_panel, select_panel
@@ -23,8 +24,6 @@ from histogene_nb.tissue import synthetic_section
 
 results = Path(histogene_nb.__file__).parent/'results'/'robustness'
 small = dict(epochs=8, every=1, lr=1e-3, dim=32, depth=2, heads=2)
-context = multiprocessing.get_context('forkserver')                                                 # the package is imported once, each run is a fork
-context.set_forkserver_preload(['histogene_nb.commands'])
 
 # The commands; each works in the current folder
 def train(sections, panel, **options): histogene_train(sections, out='model', cache='cache', panel=panel, **options)

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 import histogene_nb
 from histogene_nb.crossval import write_h5ad
-from histogene_nb.sections import data_folder, new_section, read_her2st
+from histogene_nb.files import data_folder
+from histogene_nb.sections import new_section, read_her2st
 
 results = Path(histogene_nb.__file__).parent/'results'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']

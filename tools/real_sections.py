@@ -10,7 +10,7 @@ import json, os, re, subprocess, sys
 from pathlib import Path
 import anndata as ad, pandas as pd
 import histogene_nb
-from histogene_nb.sections import data_folder
+from histogene_nb.files import data_folder
 
 results = Path(histogene_nb.__file__).parent/'results'
 

@@ -5,7 +5,7 @@
 from pathlib import Path
 import pandas as pd
 import histogene_nb
-from histogene_nb.sections import data_folder
+from histogene_nb.files import data_folder
 
 reference, results = data_folder().parent/'reference', Path(histogene_nb.__file__).parent/'results'
 runs = {m: pd.read_csv(reference/f'rerun_her2_{f}_pcc.csv', index_col=0) for m,f in {'HisToGene': 'histogene', 'ST-Net': 'stnet'}.items()}

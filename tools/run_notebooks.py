@@ -3,7 +3,8 @@
 All notebooks but the workshop's exercises unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
 the run that they show. Progress bars are left out of the outputs, and so are metadata, but for a mark of the code and results that the outputs are of.
 """
-import hashlib, re, sys, tempfile, time
+import ast, hashlib, re, sys, tempfile, time
+from datetime import datetime
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -20,11 +21,18 @@ def modules_used(code):
         todo |= {(library/f'{n}.py').read_text(encoding='utf-8') for n in names}
     return sorted(found)
 
+def without_words(code):
+    "Code without its comments and docstrings, which no output depends on"
+    tree = ast.parse(re.sub(r'^\s*[%!].*', 'pass', code, flags=re.M))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None: node.body[:1] = []
+    return ast.unparse(tree)
+
 def fingerprint(nb):
     "What a notebook's outputs depend on: its code that is run, the library's modules that it uses, and the results and data in the package that it names"
     code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code' and 'eval: false' not in c.source)
-    h = hashlib.blake2b(code.encode(), digest_size=8)
-    for m in modules_used(code): h.update('\n'.join(l for l in (library/f'{m}.py').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#')).encode())
+    h = hashlib.blake2b(without_words(code).encode(), digest_size=8)
+    for m in modules_used(code): h.update(without_words((library/f'{m}.py').read_text(encoding='utf-8')).encode())
     for entry in sorted([*(library/'results').iterdir(), *(library/'data').iterdir()]):
         start = entry.stem.rpartition('_')[0]
         if entry.stem in code or start and start + '_{' in code:
@@ -39,6 +47,11 @@ def stale(path):
 def progress_bar(output):
     return '%|' in output.get('text', '') or any('%|' in str(v) or 'widget' in k for k,v in output.get('data', {}).items() if not k.startswith('image/'))
 
+def seconds(cell):
+    "How long a cell that was just run took"
+    began, ended = (datetime.fromisoformat(cell.metadata['execution'][k].replace('Z', '+00:00')) for k in ('iopub.execute_input', 'shell.execute_reply'))
+    return (ended - began).total_seconds()
+
 def run(path, shared):
     nb, start = nbformat.read(path, 4), time.perf_counter()
     skipped = [c for c in nb.cells if c.cell_type == 'code' and 'eval: false' in c.source]
@@ -47,7 +60,8 @@ def run(path, shared):
         folder = shared if path.parent.name == 'paper' else empty
         NotebookClient(nb, timeout=3600, kernel_name='python3', resources={'metadata': {'path': str(folder)}}).execute()
     for c in skipped: c.cell_type = 'code'; c.setdefault('outputs', []); c.setdefault('execution_count', None)
-    for c in nb.cells:
+    for i,c in enumerate(nb.cells):
+        if 'execution' in c.metadata and (took := seconds(c)) > 5: print(f'    cell {i}, {took:.0f} s: {c.source[:80]!r}')
         c.metadata = {}
         if 'outputs' in c: c.outputs = [o for o in c.outputs if not progress_bar(o)]
     nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'ran': fingerprint(nb)}
