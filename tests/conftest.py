@@ -2,14 +2,14 @@ import json, os, re, shutil, subprocess, sys, time
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
-from histogene_nb.files import data_folder
+from histogene_nb.files import data_folder, published_sections
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
 
 # With HISTOGENE_DATA set, as in CI, nothing is skipped for want of data: what is missing there is a failure
 WANTS = 'needs the real sections: set HISTOGENE_DATA to the folder that holds her2st'
-needs_counts = pytest.mark.skipif(not (os.environ.get('HISTOGENE_DATA') or (data_folder()/'ST-cnts').is_dir()), reason=f'{WANTS}, or fetch them (50 MB) with histogene_download --no-images')
+needs_counts = pytest.mark.skipif(not (os.environ.get('HISTOGENE_DATA') or all((data_folder()/f'ST-cnts/{n}.tsv.gz').is_file() for n in published_sections())), reason=f'{WANTS}, or fetch them (50 MB) with histogene_download --no-images')
 needs_images = pytest.mark.skipif(not os.environ.get('HISTOGENE_DATA'), reason=f'{WANTS} with the photographs of B4 and C3, and the published panel')
 
 # What `make quick` leaves out
