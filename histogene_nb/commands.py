@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore import script
 from fastcore.script import call_parse
 from typing import Annotated
-from .files import InputError, look_for, model_files, published_sections, whole_file
+from .files import InputError, data_folder, look_for, model_files, published_sections, whole_file
 
 # %% ../nbs/library/12_commands.ipynb #4dff0701
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
@@ -34,12 +34,19 @@ def _dashes(args): # --spot-diameter and --spot_diameter are the same: fastcore 
 
 if Path(sys.argv[0]).stem in ('histogene_demo', 'histogene_download', 'histogene_train', 'histogene_predict', 'histogene_plot', 'histogene_reproduce'): sys.argv[1:] = _dashes(sys.argv[1:])
 
+def _torchrun(what, alone): # RANK or WORLD_SIZE of the processes that torchrun started
+    return int(os.environ[what]) if 'TORCHELASTIC_RUN_ID' in os.environ else alone
+
+def _look_for(section, root): # what lies inside a store its reader knows, and a folder may be a link
+    in_store = any(p.suffix.lower() == '.zarr' for p in Path(section).parents)
+    if not in_store and not any((Path(root) if root else data_folder()).glob(f'ST-cnts/{section}.tsv*')): look_for(section, root)
+
 def _shell(func):
     "In a shell, end `func` with one line where the user can put right what is wrong"
     @functools.wraps(func)
     def run(*args, **kwargs):
         if not _typed(func.__name__): return func(*args, **kwargs)
-        rank, name = int(os.environ.get('RANK', 0)), func.__name__                          # of torchrun's processes
+        rank, name = _torchrun('RANK', 0), func.__name__
         try:
             with redirect_stdout(io.StringIO() if rank else sys.stdout): return func(*args, **kwargs)
         except InputError as e: sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {" ".join(str(e).splitlines())}')
@@ -98,11 +105,11 @@ def histogene_train(
     start, out, given = time.perf_counter(), Path(out), dict(locals())
     if model not in ('HisToGene', 'texture'): raise InputError(f'There is no model {model!r}; there are HisToGene and texture.')
     if model != 'texture' and array_from: raise InputError('--array-from is a setting of the texture model. Give --model texture, or leave it out.')
-    for s in [*sections, *(array_from or ())]: look_for(s, root)
+    for s in [*sections, *(array_from or ())]: _look_for(s, root)
     for s in array_from or ():
         if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
     if model == 'texture':
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
+        if _torchrun('WORLD_SIZE', 1) > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
         for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'batch'):
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
     command = _command('histogene_train', sections)
@@ -117,6 +124,7 @@ def histogene_train(
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.model import save_pretrained
     from histogene_nb.training import default_device, processes, train
+    rank, world = processes()                                                                    # before the first use of a card
     n_pos = n_pos or max(64, *(1 + int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in data))
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
     print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {default_device(device)}')
@@ -126,7 +134,6 @@ def histogene_train(
     else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
                               dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
-    rank, world = processes()
     net.about['provenance'] = provenance(command, start, device, processes=world)
     if rank > 0: return
     save_pretrained(net, out)
@@ -156,7 +163,7 @@ def histogene_predict(
     if not str(out).endswith('.h5ad'): raise InputError(f'--out names an .h5ad file, not {out}.')
     if section is not None and os.path.realpath(out) == os.path.realpath(section): raise InputError(f'{out}: this is the section itself. Give the prediction another name with --out.')
     model_files(model)
-    if section is not None: look_for(section, root)
+    if section is not None: _look_for(section, root)
     from histogene_nb.readers import read_section
     from histogene_nb.sections import add_hires, image_mpp, section_name
     measured, mpp = (read_section(section, root=root), None) if image is None else (None, image_mpp(image))
@@ -219,7 +226,7 @@ def histogene_plot(
     predictions = [predictions] if isinstance(predictions, (str, Path)) else list(predictions)
     for p in predictions:
         if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
-    if section is not None: look_for(section, root)
+    if section is not None: _look_for(section, root)
     found = [_read_prediction(p) for p in predictions]
     import matplotlib.pyplot as plt, pandas as pd
     from histogene_nb.readers import read_section
@@ -331,7 +338,7 @@ def reader(
     folder:str|Path='tissue', # where synthetic tissue is drawn
 )->tuple: # a function from a name to its section, and the catalogue: index section, column patient
     "How to read the sections of a run"
-    for s in set(sections or ()) - {'synthetic', 'cscc'}: look_for(s, root)
+    for s in set(sections or ()) - {'synthetic', 'cscc'}: _look_for(s, root)
     import pandas as pd
     from histogene_nb.cscc import cscc_catalogue
     from histogene_nb.readers import read_section

@@ -34,23 +34,28 @@ def same(a, b):
         assert (a/n/'scores.csv').read_text() == (b/n/'scores.csv').read_text()
         assert json.loads((a/n/'fold.json').read_text())['losses'] == json.loads((b/n/'fold.json').read_text())['losses']
 
+def end(temp):
+    "End this cluster's processes, and those of no other; `ray stop` would end all"
+    own = [p for p in psutil.process_iter() if p.pid != os.getpid() and happened(lambda: any(temp in word for word in p.cmdline()))]
+    for p in own + [c for p in own for c in happened(lambda: p.children(recursive=True)) or ()]: happened(p.kill)
+
 @pytest.fixture(scope='module')
 def cluster(tmp_path_factory):
     "Two workers on this machine, started once; a start that fails for want of time is tried again"
     pytest.importorskip('ray')
-    ray, temp = [sys.executable, '-m', 'ray.scripts.scripts'], tempfile.mkdtemp(prefix='ray')               # a short name: sockets lie in it
-    head = [*ray, 'start', '--head', '--node-ip-address=127.0.0.1', '--num-cpus=2', '--include-dashboard=false', '--disable-usage-stats', f'--object-store-memory={2*10**8}', '--port=0', f'--temp-dir={temp}']
+    temp = tempfile.mkdtemp(prefix='ray', dir='/tmp' if os.name == 'posix' else None)                       # a short path: sockets lie in it
+    head = [sys.executable, '-m', 'ray.scripts.scripts', 'start', '--head', '--node-ip-address=127.0.0.1', '--num-cpus=2', '--include-dashboard=false', '--disable-usage-stats', f'--object-store-memory={2*10**8}', '--port=0', f'--temp-dir={temp}']
     patient = {f'RAY_{k}': '1800' for k in ('raylet_start_wait_time_s', 'worker_register_timeout_seconds', 'gcs_rpc_server_reconnect_timeout_s', 'gcs_server_request_timeout_seconds')}
     patient |= dict(RAY_AUTH_MODE='disabled', RAY_health_check_timeout_ms='600000', RAY_health_check_period_ms='60000', OMP_NUM_THREADS='1', COLUMNS='200', PYTHONPATH=os.pathsep.join([str(root/'tests'), str(root/'tools')]))
     for _ in range(3):
         started = subprocess.run(head, env={**os.environ, **patient}, capture_output=True, text=True)
         if started.returncode == 0: break
-        subprocess.run([*ray, 'stop', '--force'], capture_output=True)
+        end(temp)
     else: pytest.fail(f'Ray does not start: {started.stdout}{started.stderr}', pytrace=False)
     yield re.search(r"--address='([\d.:]+)'", started.stdout)[1], temp
     import ray as client
     client.shutdown()
-    subprocess.run([*ray, 'stop', '--force'], capture_output=True)
+    end(temp)
     shutil.rmtree(temp, ignore_errors=True)
 
 def at_work(temp, out):

@@ -5,6 +5,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+from conftest import WANTS
 from histogene_nb import sections
 from histogene_nb.files import InputError, data_folder, whole_file
 from histogene_nb.sections import *

@@ -3,7 +3,7 @@
 All notebooks but the workshop's exercises unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
 the run that they show. Progress bars are left out of the outputs, and so are metadata, but for a mark of the code and results that the outputs are of.
 """
-import ast, hashlib, re, sys, tempfile, time
+import ast, hashlib, io, re, sys, tempfile, time, tokenize
 from datetime import datetime
 from pathlib import Path
 import nbformat
@@ -22,11 +22,17 @@ def modules_used(code):
     return sorted(found)
 
 def without_words(code):
-    "Code without its comments and docstrings, which no output depends on"
-    tree = ast.parse(re.sub(r'^\s*[%!].*', 'pass', code, flags=re.M))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None: node.body[:1] = []
-    return ast.unparse(tree)
+    "Code without its comments and docstrings, which no output depends on, and without empty lines"
+    lines = code.splitlines()
+    python = re.sub(r'^(\s*)[%!].*', r'\1pass', code, flags=re.M)
+    words = [n.body[0] for n in ast.walk(ast.parse(python)) if isinstance(n, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(n, clean=False) is not None]
+    cuts = [(d.lineno, d.col_offset, d.end_lineno, d.end_col_offset) for d in words]
+    for t in tokenize.tokenize(io.BytesIO(python.encode()).readline):
+        if t.type == tokenize.COMMENT: cuts.append((t.start[0], len(lines[t.start[0] - 1][:t.start[1]].encode()), t.end[0], len(lines[t.start[0] - 1].encode())))
+    for first,start,last,end in sorted(cuts, reverse=True):                                          # columns are of bytes, as ast counts them
+        rest = lines[last - 1].encode()[end:].decode()
+        lines[first - 1:last] = [lines[first - 1].encode()[:start].decode() + rest, *['']*(last - first)]
+    return '\n'.join(l.rstrip() for l in lines if l.strip())
 
 def fingerprint(nb):
     "What a notebook's outputs depend on: its code that is run, the library's modules that it uses, and the results and data in the package that it names"
