@@ -38,6 +38,7 @@ def end(temp):
     "End this cluster's processes, and those of no other; `ray stop` would end all"
     own = [p for p in psutil.process_iter() if p.pid != os.getpid() and happened(lambda: any(temp in word for word in p.cmdline()))]
     for p in own + [c for p in own for c in happened(lambda: p.children(recursive=True)) or ()]: happened(p.kill)
+    shutil.rmtree(temp, ignore_errors=True)
 
 @pytest.fixture(scope='module')
 def cluster(tmp_path_factory):
@@ -50,13 +51,12 @@ def cluster(tmp_path_factory):
     for _ in range(3):
         started = subprocess.run(head, env={**os.environ, **patient}, capture_output=True, text=True)
         if started.returncode == 0: break
-        end(temp)
+        end(temp); os.makedirs(temp)
     else: pytest.fail(f'Ray does not start: {started.stdout}{started.stderr}', pytrace=False)
     yield re.search(r"--address='([\d.:]+)'", started.stdout)[1], temp
     import ray as client
     client.shutdown()
     end(temp)
-    shutil.rmtree(temp, ignore_errors=True)
 
 def at_work(temp, out):
     "The cluster's workers in the middle of a fold of the run in the folder `out`"

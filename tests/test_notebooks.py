@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, in a new process and an empty folder, as it would in Colab.
+"""Every notebook runs from top to bottom, in a new process and an empty folder, in IPython without a kernel (tools/run_notebooks.py runs it in one).
 
 The pages of the paper share one folder: the run that the first of them makes is the run that they all show.
 Synthetic sections are drawn once for all pages."""
