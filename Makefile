@@ -6,13 +6,14 @@ WORKERS ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test quick docs quarto sync clean
+.PHONY: help demo test quick devices docs quarto sync clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train on synthetic tissue, predict a held-out section, write histogene_demo/report.html"
 	@echo "make test    run every notebook and every test"
 	@echo "make quick   the short tests, while working; they say what they leave out"
+	@echo "make devices run pages and commands on a graphics card and an Apple that are not there"
 	@echo "make docs    build the site into _docs/, without Quarto"
 	@echo "make quarto  build the site with Quarto, where that is installed"
 	@echo "make sync    library, README.md and exercises from the notebooks, the cell for Colab in each, notebooks cleaned"
@@ -52,6 +53,9 @@ test: $(VENV)/.dev
 
 quick: $(VENV)/.dev
 	$(PYTEST) --quick
+
+devices: $(VENV)/.dev
+	$(PYTEST) --devices
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_site.py

@@ -8,7 +8,7 @@ __all__ = ['attention', 'MultiHeadAttention', 'attention_weights']
 # %% ../nbs/library/05_attention.ipynb #255b1c0a
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
+from .devices import attend
 
 # %% ../nbs/library/05_attention.ipynb #12943cc0
 def attention(
@@ -45,7 +45,7 @@ class MultiHeadAttention(nn.Module):
         x:Tensor, # (b, N, dim)
     )->Tensor: # (b, N, dim)
         "What each spot takes up from all others"
-        out = F.scaled_dot_product_attention(*self.split(x))                  # (b, heads, N, dim/heads)
+        out = attend(*self.split(x))                                          # (b, heads, N, dim/heads)
         return self.dropout(self.out(out.transpose(1, 2).flatten(2)))
 
 # %% ../nbs/library/05_attention.ipynb #a7f9f4c3

@@ -96,7 +96,8 @@ def histogene_train(
     pixels:str='centred', # centred, or raw as in the released code
     augment:bool=False, # Turn and flip patches
     device:str=None, # cpu, cuda or mps (default: the best there is)
-    every:int=10, # Epochs between checkpoints
+    every:float=60, # Seconds between checkpoints; 0: after each epoch
+    precision:str='auto', # Of the layers: float32, bfloat16 or float16 (default: by the device)
     batch:int=1, # Sections per step; the processes of torchrun share them
     array_from:_words('Texture model: more sections on arrays of the same make; only their counts are used, to learn what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
@@ -110,7 +111,7 @@ def histogene_train(
         if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
     if model == 'texture':
         if _torchrun('WORLD_SIZE', 1) > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
-        for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'batch'):
+        for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'batch', 'precision'):
             if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
     command = _command('histogene_train', sections)
     settings = dict(epochs=epochs, lr=lr, seed=seed, augment=augment, batch=batch)
@@ -123,15 +124,17 @@ def histogene_train(
     from histogene_nb.crossval import provenance
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.model import save_pretrained
-    from histogene_nb.training import default_device, processes, train
-    rank, world = processes()                                                                    # before the first use of a card
+    from histogene_nb.devices import default_device, device_name, precision_on
+    from histogene_nb.training import processes, train
+    rank, world = processes(device)                                                              # before the first use of a card
+    chosen = default_device(device)
     n_pos = n_pos or max(64, *(1 + int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in data))
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
-    print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {default_device(device)}')
+    print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {chosen} ({device_name(chosen)})' + ('' if model == 'texture' else f' in {precision_on(chosen, precision)}'))
     if model == 'texture':
         from histogene_nb.texture import train_texture
         net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache, array_from=[read_section(s, root=root) for s in array_from or ()])
-    else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache,
+    else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache, precision=precision,
                               dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
     net.about['provenance'] = provenance(command, start, device, processes=world)
@@ -155,6 +158,7 @@ def histogene_predict(
     device:str=None, # cpu, cuda or mps (default: the best there is)
     cache:str=None, # Folder that keeps patches (default: none)
     tile:float=None, # Predict in tiles of this many spot diameters, one after the other (default: all in one sequence)
+    precision:str='auto', # Of the layers: float32, bfloat16 or float16 (default: by the device)
 ):
     "Predict a section's or an image's expression and write it as .h5ad"
     start, results, command = time.perf_counter(), {}, _command('histogene_predict', model, section or image)
@@ -176,14 +180,14 @@ def histogene_predict(
     from histogene_nb.training import predict
     net = from_pretrained(model)
     if image is not None:
-        predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um)
+        predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um, precision)
         d = predicted.uns['histogene']['patch_diameter']
         print(f'1 spot = {d:g} pixels' + (f' = {d*mpp:g} micrometres' if mpp else ''))
     else:
         if another_array(measured, trained := net.about.get('grid')):
             steps = [' x '.join(f'{s:.2f}' for s in array_steps(g)) for g in (fit_grid(measured), trained)]
             print(f'{section}: this array counts in steps of {steps[0]} spot diameters, those of training in {steps[1]}; positions are places, in the steps of training')
-        predicted = predict(net, measured, device, cache, tile) if superres == 1 else predict_superres(net, measured, superres, device, cache, tile)
+        predicted = predict(net, measured, device, cache, tile, precision) if superres == 1 else predict_superres(net, measured, superres, device, cache, tile, precision)
         at_spots = predicted if superres == 1 else recover_spots(predicted, measured)
         known = [g for g in predicted.var_names if g in measured.var_names]
         if measured.n_vars and not known: raise InputError(f"{section}: none of the model's {predicted.n_vars} genes is in this section. Do both use gene symbols?")
@@ -194,7 +198,9 @@ def histogene_predict(
             with whole_file(Path(out).with_suffix('.csv')) as part: correlations.round(6).to_csv(part)
     if not predicted.uns['spatial'][section_name(predicted)]['images']: add_hires(predicted)         # scanpy's pl.spatial wants one
     predicted.uns['histogene']['command'] = command
-    more = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'), section=str(section or image), superres=superres)
+    from histogene_nb.devices import default_device, precision_on
+    computed = 'float32' if net.name == 'texture' else precision_on(default_device(device), precision)
+    more = dict(precision=computed, trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'), section=str(section or image), superres=superres)
     text = json.dumps({**provenance(command, start, device), **more, 'results': results}, indent=1)
     with whole_file(Path(out).with_suffix('.json')) as part:
         part.write_text(text, encoding='utf-8')
@@ -370,7 +376,8 @@ def measured_rates(
     "What a training step and a super-resolved prediction take on this device, measured"
     import torch
     from histogene_nb.model import HisToGene
-    from histogene_nb.training import default_device, fit, run_model
+    from histogene_nb.devices import default_device
+    from histogene_nb.training import fit, run_model
     device, model = default_device(device), HisToGene(n_genes, **options)
     size = model.config['patch_size']
     example = (torch.randint(256, (spots, 3, size, size), dtype=torch.uint8), torch.randint(64, (spots, 2)), torch.randn(spots, n_genes))
@@ -399,6 +406,7 @@ def histogene_reproduce(
     stnet_epochs:int=None, # Passes over the spots of ST-Net (default: 10; synthetic: 4)
     stnet_px:int=None, # Side of ST-Net's patches, twice a spot's width of tissue, in pixels (default: 224; synthetic: 48)
     device:str=None, # cpu, cuda or mps (default: the best there is)
+    precision:str=None, # Of the layers of HisToGene and ST-Net: float32, bfloat16 or float16 (default: by the device)
     budget:float=None, # Hours; no fold is begun that would end later
     ray:str=None, # Address of a Ray cluster, such as auto
     cores:int=None, # Cores for each fold
@@ -410,12 +418,12 @@ def histogene_reproduce(
     start, out, synthetic = time.perf_counter(), Path(out), list(sections or ()) == ['synthetic']
     command = _command('histogene_reproduce', *(sections or ()))
     read, catalogue = reader(sections, root, out/'tissue')
-    from histogene_nb.crossval import baselines, cross_validate, duration, histogene, ridges, stnet, texture, write_tables
+    from histogene_nb.crossval import baselines, cross_validate, duration, histogene, ridges, stnet, tables_made, texture, write_tables
     from histogene_nb.expression import read_panel
     from histogene_nb.tissue import GENES
     given = lambda **options: {k: v for k,v in options.items() if v is not None}
-    histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)), **given(epochs=epochs)}
-    stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px), 'backbone': backbone}
+    histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)), **given(epochs=epochs, precision=precision)}
+    stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px, precision=precision), 'backbone': backbone}
     every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(stnet, **stnet_as), 'ridge': ridges, 'texture': texture}
     chosen = list(every)[:3] if methods == 'all' else methods.split(',')
     for m in chosen:
@@ -424,5 +432,6 @@ def histogene_reproduce(
     genes = read_panel(panel) if panel else dict(n_top=120, min_spots=150) if synthetic else {}
     done = cross_validate(read, catalogue, {m: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
                           cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus, command=command)
-    write_tables(out, out/'tables', read, gene_sets or ({k: g.split() for k,g in GENES.items()} if synthetic else None))
+    sets = gene_sets or ({k: g.split() for k,g in GENES.items()} if synthetic else None)
+    if not tables_made(out, out/'tables', sets): write_tables(out, out/'tables', read, sets)
     print(f'{len(done)} folds in {duration(time.perf_counter() - start)}; tables in {out/"tables"}')

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['fold_name', 'baselines', 'attention_shares', 'histogene', 'stnet', 'ridges', 'texture', 'provenance', 'write_h5ad',
            'score', 'run_fold', 'duration', 'seconds_left', 'cross_validate', 'fold_names', 'finished_folds',
-           'mean_measures', 'write_tables', 'read_tables', 'correlations', 'attention_shares_by_layer', 'map_section']
+           'mean_measures', 'write_tables', 'tables_made', 'read_tables', 'correlations', 'attention_shares_by_layer',
+           'map_section']
 
 # %% ../nbs/library/11_crossval.ipynb #af1aaea7
-import io, json, os, shutil, sys, time
+import hashlib, io, json, os, shutil, sys, time
 from functools import partial
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +18,7 @@ import anndata as ad, filelock, h5py, numpy as np, pandas as pd, torch
 import histogene_nb
 from . import evaluation as ev
 from .files import InputError, whole_file
+from .devices import about_device, default_device, precision_on
 from .sections import leave_one_out, section_name
 from .expression import SCALES, normalize, select_panel
 from .measures import gene_measures, morans_i, noise_ceiling
@@ -25,7 +27,7 @@ from .patches import extract_patches
 from .position import grid_positions
 from .readers import reading
 from .superres import predict_superres, recover_spots
-from .training import default_device, predict, train
+from .training import predict, train
 
 # %% ../nbs/library/11_crossval.ipynb #1b5ee75a
 def fold_name(
@@ -68,7 +70,7 @@ def _look(model, section, predicted, radius, layers, cache):
     targets = np.unique(np.linspace(0, len(centres) - 1, min(len(centres), 16)).astype(int))
     middle = int(np.linalg.norm(centres - np.median(centres, 0), axis=1).argmin())
     patches = extract_patches(section, model.config['patch_size'], centres, cache)
-    maps = attention_maps(model.cpu(), patches, grid_positions(predicted, model.config['n_pos']), torch.tensor([middle, *targets]))
+    maps = attention_maps(model, patches, grid_positions(predicted, model.config['n_pos']), torch.tensor([middle, *targets]))
     for layer in layers: predicted.obs[f'attention_{layer}'] = maps[layer - 1, :, 0].mean(0).numpy()
     shares = attention_shares(maps[:, :, 1:], targets, centres, radius)
     return shares.assign(section=section_name(section), level=predicted.uns['histogene']['predicted_by']).to_dict('records')
@@ -83,19 +85,21 @@ def histogene(
     checkpoint:str|Path|None=None, # see `fit`
     cache:str|Path|None=None, # folder that keeps patches
     superres:int=4, # for HisToGene* and HisToGene_SR
+    precision:str='auto', # of the layers, see `precision_on`
     **options, # of `train`: epochs, lr, every, augment, dim, depth, heads, ...
 )->tuple: # list of predicted sections; a dictionary with losses, and attention in the first test section
     "HisToGene, HisToGene* and HisToGene_SR from one trained model"
-    model, losses = train(training, panel, normalization, seed=seed, device=device, checkpoint=checkpoint, cache=cache, **options)
+    model, losses = train(training, panel, normalization, seed=seed, device=device, checkpoint=checkpoint, cache=cache, precision=precision, **options)
     predicted, attention, depth = [], [], model.config['depth']
     layers = sorted({1, (depth + 1)//2, depth})                                               # shallow, median and deep
     for section in test:
-        spots, dense = predict(model, section, device, cache), predict_superres(model, section, superres, device, cache)
+        spots = predict(model, section, device, cache, precision=precision)
+        dense = predict_superres(model, section, superres, device, cache, precision=precision)
         if not attention:
             radius = 1.5*np.median(cKDTree(section.obsm['spatial']).query(section.obsm['spatial'], k=2)[0][:, 1])
             attention = [row for p in (spots, dense) for row in _look(model, section, p, radius, layers, cache)]
         predicted += [spots, recover_spots(dense, section), dense]
-    return predicted, dict(losses=[round(l, 5) for l in losses], attention=attention)
+    return predicted, dict(losses=[round(l, 5) for l in losses], attention=attention, precision=precision_on(default_device(device), precision))
 
 # %% ../nbs/library/11_crossval.ipynb #1f8d1214
 def stnet(
@@ -107,12 +111,14 @@ def stnet(
     device:str|None=None, # chosen unless given
     checkpoint:str|Path|None=None, # see `fit`
     cache:str|Path|None=None, # folder that keeps patches
+    precision:str='auto', # of the layers, see `precision_on`
     **options, # of `train_stnet`: epochs, lr, backbone, patch_size, ...
 )->tuple: # list of predicted sections, and a dictionary with losses
     "ST-Net"
     from histogene_nb.stnet import predict_stnet, train_stnet                                  # timm takes seconds to import, and only some methods need it
-    model, losses = train_stnet(training, panel, normalization, seed=seed, device=device, checkpoint=checkpoint, cache=cache, **options)
-    return [predict_stnet(model, s, device, cache) for s in test], dict(losses=[round(l, 5) for l in losses])
+    model, losses = train_stnet(training, panel, normalization, seed=seed, device=device, checkpoint=checkpoint, cache=cache, precision=precision, **options)
+    found = dict(losses=[round(l, 5) for l in losses], precision=precision_on(default_device(device), precision))
+    return [predict_stnet(model, s, device, cache, precision) for s in test], found
 
 # %% ../nbs/library/11_crossval.ipynb #1895d0f1
 def ridges(
@@ -120,15 +126,16 @@ def ridges(
     test:list, # sections to predict
     panel:list, # genes to predict
     normalization:str='paper', # see `normalize`
+    device:str|None=None, # of the network; chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     size:int=224, # see `texture_numbers`
     views:int=4, # see `texture_numbers`
-    **_, # seed, device, checkpoint: not needed
+    **_, # seed, checkpoint: not needed
 )->tuple: # list of predicted sections, and {}
     "Ridge regression on plain colour numbers, and on a frozen pretrained network's textures"
     from histogene_nb.stnet import load_lite0
     from histogene_nb.texture import Textures, colour_numbers, ridge_baseline, texture_numbers
-    known, textures, predicted = [normalize(s, panel, normalization) for s in training], Textures(load_lite0()), []
+    known, textures, predicted = [normalize(s, panel, normalization) for s in training], Textures(load_lite0()).to(default_device(device)), []
     for name,see in {'ridge on colours': partial(colour_numbers, cache=cache), 'ridge on textures': lambda s: texture_numbers(textures, s, size=size, cache=cache, views=views).numpy()}.items():
         numbers = [see(s) for s in training]
         predicted += [ev.as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known, name) for s in test]
@@ -165,7 +172,7 @@ def provenance(
     **more, # anything else worth keeping: seed, sections
 )->dict: # command, versions, device, date, wall time (s), peak memory (GB)
     "What made a result"
-    out = dict(command=command, histogene_nb=histogene_nb.__version__, torch=torch.__version__, device=str(default_device(device)), threads=torch.get_num_threads(),
+    out = dict(command=command, histogene_nb=histogene_nb.__version__, torch=torch.__version__, **about_device(device), threads=torch.get_num_threads(),
                date=datetime.now(timezone.utc).strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - start, 1))
     if os.name == 'posix':
         import resource
@@ -387,6 +394,7 @@ def _on_ray(address, todo, late, cores, gpus):
     have, cores = ray.cluster_resources(), cores or 1
     at_once = int(min([have.get('CPU', 0)//cores, *([have.get('GPU', 0)//gpus] if gpus else [])]))
     if at_once < 1: raise InputError(f"The Ray cluster has {have.get('CPU', 0):g} cores and {have.get('GPU', 0):g} GPUs: a fold with {cores} cores and {gpus:g} GPUs does not fit. Ask for less.")
+    if not gpus and (idle := have.get('GPU', 0)): print(f'The Ray cluster has {idle:g} GPUs, and no fold uses one: give --gpus 1 (gpus=1) if it should')
     fold = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=3)(run_fold)
     def results():
         waiting, running = list(todo), {}
@@ -457,10 +465,32 @@ def write_tables(
     ranked = {m: ev.rank_genes(by) for m,by in correlations(tables).items() if _has_r(by)}
     if gene_sets is not None and ranked: tables['pathways'] = pd.concat([ev.enrich_pathways(r, gene_sets).reset_index().assign(method=m) for m,r in ranked.items()])
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder/'run.json') as part: part.write_text(json.dumps(known, indent=1), encoding='utf-8')
     for name,digits in (('folds', 3), ('r', 5), ('measures', 5), ('attention', 6), ('clusters', 4), ('maps', 3), ('pathways', 4)):
         if name not in tables: continue
         with whole_file(folder/f'{name}.csv') as part: tables[name].to_csv(part, index=name == 'r', float_format=f'%.{digits}g')
+    about = {**known, 'made_from': _made_from(folds, [t for t in tables if t != 'run'], gene_sets)}
+    with whole_file(folder/'run.json') as part: part.write_text(json.dumps(about, indent=1), encoding='utf-8')        # last: the others are whole
+
+def _made_from(folds, tables, gene_sets):
+    "What tables are made from, for their run.json"
+    sets = hashlib.sha1(json.dumps(gene_sets, sort_keys=True, default=str).encode()).hexdigest()
+    return dict(tables=tables, folds=[f['folder'].name for f in folds], gene_sets=sets, histogene_nb=histogene_nb.__version__)
+
+def tables_made(
+    run:str|Path, # folder of a run
+    folder:str|Path, # where its tables should be
+    gene_sets=None, # as for `write_tables`
+)->bool: # False where a table is missing, a fold was added, or anything they were made from is newer
+    "Whether the tables of a run are there, and `write_tables` would only write them again"
+    folds, folder = finished_folds(run), Path(folder)
+    try:
+        about = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+        tables = about['made_from']['tables']
+        if about != {**_begun(Path(run)/'run.json'), 'made_from': _made_from(folds, tables, gene_sets)}: return False
+        oldest = min((folder/f'{t}.csv').stat().st_mtime_ns for t in tables)
+    except (OSError, ValueError, KeyError, TypeError): return False                       # not there, of an earlier version, or damaged
+    sets = [Path(gene_sets)] if isinstance(gene_sets, (str, Path)) and Path(gene_sets).is_file() else []
+    return all(p.stat().st_mtime_ns < oldest for p in [*sets, *(p for f in folds for p in f['folder'].iterdir())])
 
 def _maps(folds, tables, read):
     "Clusters against labels, and maps of the best genes, of the folds in which one section is left out"

@@ -191,14 +191,14 @@ def enrich_pathways(
 
 # %% ../nbs/library/09_evaluation.ipynb #61c272d5
 METHOD_COLORS = {'observed': '#000000', 'HisToGene': '#0072B2', 'HisToGene*': '#56B4E9', 'HisToGene_SR': '#CC79A7',
-                 'ST-Net': '#E69F00', 'position only': '#009E73', 'training mean': '#999999', 'texture': '#D55E00', 'texture*': '#F0A060', 'texture_SR': '#D55E00'}
+                 'ST-Net': '#E69F00', 'position only': '#009E73', 'training mean': '#999999', 'texture': '#D55E00', 'texture*': '#F0A060', 'texture_SR': '#8C3A00'}
 CLUSTER_COLORS = ['#4477AA', '#EE6677', '#228833', '#CCBB44', '#66CCEE', '#AA3377', '#BBBBBB']
 
 # %% ../nbs/library/09_evaluation.ipynb #2f3a0958
 def _method_color(method, # a method's name
                   methods, # all methods of the figure: those without a colour of their own share what is left
                  ):
-    spare = ['#D55E00', '#F0E442', '#882255', '#44AA99', '#DDCC77']
+    spare = ['#882255', '#44AA99', '#DDCC77', '#F0E442', '#332288']
     return METHOD_COLORS.get(method) or spare[[m for m in methods if m not in METHOD_COLORS].index(method) % len(spare)]
 
 # %% ../nbs/library/09_evaluation.ipynb #6d9f19e3

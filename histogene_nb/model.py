@@ -18,6 +18,7 @@ from .files import InputError, model_files, whole_file
 from .sections import section_name
 from .patches import extract_patches, flatten_patches
 from .position import pixel_positions, spot_positions
+from .devices import device_of, enough_memory, full_precision
 from .attention import MultiHeadAttention, attention_weights
 
 # %% ../nbs/library/06_model.ipynb #dbe9d5d0
@@ -99,7 +100,7 @@ class HisToGene(nn.Module):
         one = positions.ndim == 2
         x = self.embed(patches[None], positions[None]) if one else self.embed(patches, positions)   # (b, n, dim)
         for block in self.blocks: x = block(x)
-        out = self.head(x)                                                                          # (b, n, n_genes)
+        with full_precision(x): out = self.head(x.float())                                          # (b, n, n_genes)
         return out[0] if one else out
 
     def inputs(self,
@@ -125,6 +126,7 @@ class HisToGene(nn.Module):
         if tuple(patches.shape) not in (lead + (3, size, size), lead + (3*size*size,)):
             raise InputError(f'patches have shape {tuple(patches.shape)}, but for positions of shape {tuple(positions.shape)} this model takes '
                              f'{lead + (3, size, size)} or, flattened, {lead + (3*size*size,)}. Cut them with size={size}.')
+        if positions.device.type != 'cpu': return                          # a card would have to be waited for; `fit` and `run_model` check before
         if positions.numel() and (positions.min() < 0 or positions.max() >= n_pos):
             raise InputError(f'positions go from {positions.min()} to {positions.max()}, but this model has {n_pos} of them, 0 to {n_pos-1}. '
                              'Use a model with a larger n_pos.')
@@ -139,13 +141,14 @@ def attention_maps(
 )->Tensor: # (depth, heads, t, n): each row adds up to 1
     "Attention weights of the target spots at every layer (paper: figure 5)"
     model.check(patches, positions)
-    was, maps = model.training, []
-    model.eval()
-    x = model.embed(patches[None], positions[None])                            # (1, n, dim)
-    for block in model.blocks:
-        maps.append(attention_weights(block.attention, block.norm1(x)[0], targets))
-        x = block(x)
-    model.train(was)
+    was, maps, device = model.training, [], device_of(model)
+    try:
+        with enough_memory(device, f'Attention of {len(targets)} targets among {len(patches)} patches', 'Give fewer targets at a time.'):
+            x = model.eval().embed(patches[None].to(device), positions[None].to(device))      # (1, n, dim)
+            for block in model.blocks:
+                maps.append(attention_weights(block.attention, block.norm1(x)[0], targets).cpu())
+                x = block(x)
+    finally: model.train(was)
     return torch.stack(maps)
 
 # %% ../nbs/library/06_model.ipynb #f7cadc6c

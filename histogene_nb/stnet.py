@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from .files import InputError
+from .devices import default_device, full_precision, gradient_scaler, mixed, precision_on, drawn_from
 from .sections import section_name
 from .patches import extract_patches
 from .expression import normalize
@@ -123,7 +124,8 @@ class STNet(nn.Module):
         size = self.config['patch_size']
         if tuple(patches.shape[1:]) != (3, size, size): raise InputError(f'patches have shape {tuple(patches.shape)}, but this model takes (n, 3, {size}, {size}).')
         few = len(patches) if torch.is_grad_enabled() else 32             # few at a time: features of a whole section fill the memory
-        return torch.cat([self.head(self.backbone(self.pixels(p))) for p in patches.split(few)])
+        seen = torch.cat([self.backbone(self.pixels(p)) for p in patches.split(few)])
+        with full_precision(seen): return self.head(seen.float())
 
 # %% ../nbs/library/10_stnet.ipynb #f7af474e
 def spot_windows(
@@ -154,18 +156,21 @@ def spot_batches(
     device:torch.device, # that the model is on
     augment:bool, # turn and flip each patch at random
     batch_size:int=32, # spots a step
+    precision:str='float32', # of the layers, from `precision_on`
+    scaler:torch.amp.GradScaler|None=None, # from `gradient_scaler`
 )->float: # mean loss
     "One epoch of `fit`: the spots of all sections in random order, a batch at a time"
-    total, spots = 0., ConcatDataset([TensorDataset(*e) for e in examples])
+    scaler, found = scaler or gradient_scaler(device, 'float32'), []
+    spots = ConcatDataset([TensorDataset(*e) for e in examples])
     for patches, _, targets in DataLoader(spots, batch_size, shuffle=True):
         if augment: patches = turn_each(patches)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
-            loss = F.mse_loss(model(patches.to(device)), targets.to(device))
+        with mixed(device, precision): out = model(patches.to(device))
+        loss = F.mse_loss(out, targets.to(device))
         opt.zero_grad()
-        loss.backward()
-        opt.step()
-        total += loss.item()*len(targets)
-    return total/len(spots)
+        scaler.scale(loss).backward()
+        scaler.step(opt); scaler.update()
+        found.append(loss.detach()*len(targets))
+    return sum(torch.stack(found).tolist())/len(spots)
 
 # %% ../nbs/library/10_stnet.ipynb #e76b3424
 def train_stnet(
@@ -179,21 +184,22 @@ def train_stnet(
     device:str|torch.device|None=None, # chosen unless given
     augment:bool=True, # turn and flip each patch at random
     checkpoint:str|Path|None=None, # see `fit`
-    every:int=1, # epochs between checkpoints
+    every:float=60, # seconds between checkpoints, see `fit`
     cache:str|Path|None=None, # folder that keeps patches
+    precision:str='auto', # of the layers, see `precision_on`
     **options, # of `STNet`: backbone, pretrained, patch_size, window
 )->tuple: # the trained model, and the mean loss of each epoch
     "Train ST-Net on sections, by the recipe above: the paper does not give that of its own implementation"
     if batch_size < 1: raise InputError(f'batch_size is 1 or more, not {batch_size}.')
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = STNet(len(panel), **options)
+    precision = precision_on(default_device(device), precision)
+    with drawn_from(seed): model = STNet(len(panel), **options)
     size, window = model.config['patch_size'], model.config['window']
     examples = [(spot_windows(s, size, window, cache), torch.empty(len(s), 0), torch.from_numpy(normalize(s, panel, normalization).X)) for s in sections]
     if examples: model.head.bias.data = torch.cat([y for *_,y in examples]).mean(0)                # the training mean
     model.about = dict(genes=list(panel), normalization=normalization, sections=[section_name(s) for s in sections],
-                       training=dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, augment=augment))
-    losses = fit(model, examples, epochs, lr, seed, device, augment, checkpoint, every, one_pass=partial(spot_batches, batch_size=batch_size))
+                       training=dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, augment=augment, precision=precision))
+    passes = partial(spot_batches, batch_size=batch_size)
+    losses = fit(model, examples, epochs, lr, seed, device, augment, checkpoint, every, one_pass=passes, precision=precision)
     return model, losses
 
 # %% ../nbs/library/10_stnet.ipynb #cf48f816
@@ -202,9 +208,10 @@ def predict_stnet(
     section:AnnData, # with an image; its counts are not used
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
+    precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # spots x panel; X float32 on the training scale
     "Predict the expression of a section's spots, each as the mean over the eight ways to turn and flip its patch"
     about(model, 'genes')
     patches = spot_windows(section, model.config['patch_size'], model.config['window'], cache)
-    X = np.mean([run_model(model, turn_patches(patches, way), torch.empty(len(patches), 0), device) for way in range(8)], 0)
+    X = np.mean([run_model(model, turn_patches(patches, way), torch.empty(len(patches), 0), device, precision) for way in range(8)], 0)
     return predicted_section(model, section, X, 'ST-Net')

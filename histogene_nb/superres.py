@@ -11,6 +11,7 @@ import numpy as np, torch
 from anndata import AnnData
 from scipy import ndimage, sparse
 from .files import InputError
+from .devices import default_device
 from .sections import add_hires, image_mpp, open_image, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
@@ -62,9 +63,11 @@ def predict_dense(
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     tile:float|None=None, # see `predict_superres`
+    precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # sub-patches x panel
     "Sub-patch expression over the tissue of an image (paper: Predicting gene expression at super-resolution)"
     name, k = section_name(section), round(max(factor, 0)**.5)
+    model.to(default_device(device))                                               # before it looks at the tissue
     info = section.uns['spatial'][name]
     d = info['scalefactors']['spot_diameter_fullres']
     centres, place = dense_grid(mask, scale, d, factor)
@@ -73,7 +76,7 @@ def predict_dense(
     own = tile is not None and (at.min() < -1 or at.max() > n_pos)                 # more positions than the model has: those of a tile begin at its corner
     for seen,kept in tqdm(list(tiles(centres/d, tile)), desc='prediction', unit='tile', disable=tile is None):
         here = np.r_[grid[:2], grid[2:] - at[seen].min(0)*own]
-        X[seen[kept]] = run_model(model, *model.inputs(section, centres[seen], here, cache), device)[kept]
+        X[seen[kept]] = run_model(model, *model.inputs(section, centres[seen], here, cache), device, precision)[kept]
     step, corner = d/k, centres[0] - d/2 - place[0]*d/k
     cells, X, cover = average_patches(X, place, k)
     centres = corner + (cells + .5)*step
@@ -98,12 +101,13 @@ def predict_superres(
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     tile:float|None=None, # side of the tiles to predict one after the other, in spot diameters; unless given all patches are one sequence
+    precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # sub-patches x panel, each the mean over the patches that cover it
     "Super-resolved expression of a section (paper: Predicting gene expression at super-resolution)"
     trained = model.about.get('grid')
     if 'n_pos' in model.config: spot_positions(section, trained, model.config['n_pos'])    # spots beyond the array are an error; tissue past them is not
     mask, scale = section_mask(section)
-    return predict_dense(model, section, factor, model_grid(section, trained), mask, scale, device, cache, tile)
+    return predict_dense(model, section, factor, model_grid(section, trained), mask, scale, device, cache, tile, precision)
 
 # %% ../nbs/library/08_superres.ipynb #cb0b0687
 def recover_spots(
@@ -142,6 +146,7 @@ def predict_image(
     cache:str|Path|None=None, # folder that keeps patches
     tile:float|None=None, # see `predict_superres`
     spot_um:float|None=None, # instead of `spot_diameter`: that width in micrometres, where the file states its resolution
+    precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # patches or sub-patches x panel, over the tissue
     "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
     path = Path(path)
@@ -158,4 +163,4 @@ def predict_image(
                                         'metadata': {'source_image_path': str(path), 'image_width': width, 'image_height': height}}}
     image.uns['histogene'] = {'section': path.stem, 'source': 'image alone'}
     mask, scale = section_mask(image)
-    return predict_dense(model, image, factor, np.asarray(about(model, 'grid')), mask, scale, device, cache, tile)
+    return predict_dense(model, image, factor, np.asarray(about(model, 'grid')), mask, scale, device, cache, tile, precision)

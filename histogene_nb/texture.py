@@ -16,13 +16,14 @@ from anndata import AnnData
 from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .files import InputError
+from .devices import all_digits, default_device, device_of, enough_memory, full_precision, drawn_from
 from .sections import section_name
 from .patches import cache_file, read_array, save_array
 from .expression import normalize
 from .model import Block
 from .position import fit_grid
 from .stnet import load_lite0, spot_windows
-from .training import default_device, kept_memory, turn_patches
+from .training import kept_memory, turn_patches
 from .yields import DEAD, array_yields, at_positions, local_yield
 
 # %% ../nbs/library/16_texture.ipynb #21b68cfc
@@ -78,11 +79,11 @@ def texture_numbers(
     if not 1 <= views <= len(_WAYS): raise InputError(f'views is 1 to {len(_WAYS)}, not {views}.')
     if not len(windows) or not min(windows) > 0: raise InputError(f'windows are one or more, each above 0, not {tuple(windows)}.')
     centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
-    device, shape = next(textures.parameters()).device, (len(centres), 160*len(windows))
+    device, shape = device_of(textures), (len(centres), 160*len(windows))
     file = _numbers_file(cache, textures, section, centres, windows, size, views) if cache is not None else None
     if file and (known := read_array(file, shape, np.float32)) is not None: return known
     out = torch.empty(len(centres), len(windows), 160)
-    with torch.no_grad(), kept_memory():
+    with torch.no_grad(), kept_memory(), all_digits(), enough_memory(device, 'Looking at the tissue', 'Use another device, or let other programs end first.'):
         for j,window in enumerate(windows):
             for start in range(0, len(centres), 2048):                               # all windows of a dense grid at once would fill the memory
                 patches = spot_windows(section, size, window, None, centres[start:start + 2048])
@@ -135,8 +136,11 @@ def _prepare(examples, rank, use_array, more=()):
 def _ridge(H, T, alphas):
     "Weights (d, rank) for each penalty: alpha times the number of inputs"
     H, T = np.concatenate(H).astype(np.float64), np.concatenate(T).astype(np.float64)
-    value, vector = np.linalg.eigh(H @ H.T)
-    return [H.T @ (vector @ ((vector.T @ T)/(value + a*H.shape[1])[:, None])) for a in alphas]
+    if len(H) < H.shape[1]:                                                         # fewer spots than numbers: by the spots' matrix (n, n)
+        value, vector = np.linalg.eigh(H @ H.T)
+        return [H.T @ (vector @ ((vector.T @ T)/(value + a*H.shape[1])[:, None])) for a in alphas]
+    value, vector = np.linalg.eigh(H.T @ H)                                         # otherwise by the numbers' matrix (d, d), however many spots
+    return [vector @ ((vector.T @ (H.T @ T))/(value + a*H.shape[1])[:, None]) for a in alphas]
 
 def _expression(scores, positions, about):
     "From scores of patterns to genes; where the array is dead, what dead spots show"
@@ -286,11 +290,12 @@ class TextureModel(nn.Module):
         positions:Tensor, # long (n, 2), from `inputs`
     )->Tensor: # (n, n_genes)
         "Predicted expression of each place"
-        x = torch.cat([(numbers - self.centre)/self.scale, _YIELD*self.known(self.yields, positions)[:, None]], 1)
-        scores = x @ self.linear
-        if self.members: scores = (scores + torch.stack([m(x) for m in self.members]).mean(0))/2
-        dead = self.known(self.dead_share, positions)[:, None]
-        return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
+        with full_precision(numbers):                                               # there is little to gain from less
+            x = torch.cat([(numbers - self.centre)/self.scale, _YIELD*self.known(self.yields, positions)[:, None]], 1)
+            scores = x @ self.linear
+            if self.members: scores = (scores + torch.stack([m(x) for m in self.members]).mean(0))/2
+            dead = self.known(self.dead_share, positions)[:, None]
+            return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
 
 # %% ../nbs/library/16_texture.ipynb #e8364ffa
 def _train_member(member, H, T, steps, lr, seed, device):
@@ -298,8 +303,7 @@ def _train_member(member, H, T, steps, lr, seed, device):
     spread = float(np.concatenate(T)[:, 0].std()) or 1.
     H, T = [torch.from_numpy(h).to(device) for h in H], [torch.from_numpy(t/spread).float().to(device) for t in T]
     losses = []
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        torch.manual_seed(seed % 2**64)
+    with drawn_from(seed, device):
         for m in member.modules():
             if isinstance(m, (nn.Linear, nn.LayerNorm)): m.reset_parameters()
         nn.init.zeros_(member.head[1].weight); nn.init.zeros_(member.head[1].bias)
@@ -309,13 +313,13 @@ def _train_member(member, H, T, steps, lr, seed, device):
         for _ in range(steps):
             loss = 0.
             for h,t in zip(H, T):
-                some = torch.randperm(len(h), device=device)[:max(2, int(.7*len(h)))]
+                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)      # drawn by the processor: the same spots on every device
                 loss = loss + (member(h[some]) - t[some]).square().sum(1).mean()/len(H)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
-            losses.append(loss.item())
+            losses.append(loss.detach())
     with torch.no_grad(): member.head[1].weight *= spread; member.head[1].bias *= spread
     member.eval()
-    return losses
+    return torch.stack(losses).tolist()
 
 def train_texture(
     sections:list, # AnnData each, with raw counts and images
@@ -341,9 +345,10 @@ def train_texture(
     if len(taught := [*names, *(section_name(s) for s in array_from)]) > len(set(taught)) or (array_from and not use_array):
         raise InputError(f'array_from takes sections that are not trained on, each once, and use_array, not {taught[len(names):]} beside {names}.')
     if use_array and len(kinds := {array_step(s) for s in [*sections, *array_from]}) > 1: raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be learned of their positions. Train on one kind, or with use_array=False.')
-    device, textures = default_device(device), Textures(load_lite0())
+    device = default_device(device)
+    textures = Textures(load_lite0()).to(device)
     given = {k: options[k] for k in ('windows', 'size', 'views') if k in options}
-    examples = [texture_example(textures.to(device), s, panel, normalization, cache=cache, **given) for s in sections]
+    examples = [texture_example(textures, s, panel, normalization, cache=cache, **given) for s in sections]
     inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), use_array=use_array, array_from=array_from) if len(examples) > 1 and None in (rank, alpha) else None
     chosen = simplest_setting(inner) if inner is not None else (3, 1.)
     rank, alpha = int(chosen[0] if rank is None else rank), float(chosen[1] if alpha is None else alpha)
@@ -352,6 +357,7 @@ def train_texture(
     model = TextureModel(len(panel), rank, array=about['yields'].shape, **options)
     model.textures = textures
     for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items(): getattr(model, k).copy_(torch.as_tensor(v))
+    with enough_memory(device, 'Training', 'Use another device.'): model.to(device)  # whole, before its parts are trained
     each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(model.members)]
     diameters = [s.uns['spatial'][n]['scalefactors']['spot_diameter_fullres'] for n,s in zip(names, sections)]
     model.about = dict(genes=list(panel), normalization=normalization, sections=names, spot_diameter=float(np.median(diameters)), array_step=array_step(sections[0]), grid=np.mean([fit_grid(s) for s in sections], 0).tolist(),

@@ -17,15 +17,27 @@ LONG = dict(test_notebooks='every notebook run from top to bottom', test_site='t
             test_commands='the commands as typed', test_distributed='several processes', test_crossval='Ray', test_slides='slides of 40,000 pixels', test_any_section='whole ways through the commands',
             test_fuzz='damaged files by the hundred', test_workshop='the workshop worked through', test_properties='properties on random input')
 
-def pytest_addoption(parser): parser.addoption('--quick', action='store_true', help='leave out what takes long')
+def pytest_addoption(parser):
+    parser.addoption('--quick', action='store_true', help='leave out what takes long')
+    parser.addoption('--devices', action='store_true', help='only pages and commands on pretended devices')
+
+def pytest_configure(config): config.addinivalue_line('markers', 'devices: on a pretended device; run by make devices')
+
+def on_devices(config):
+    "Whether tests on pretended devices are run alone, beside others (their file is named), or not"
+    return 'alone' if config.getoption('--devices') else 'too' if any('test_devices' in str(a) for a in config.args) else 'not'
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption('--quick'): return
-    long = [i for i in items if i.module.__name__ in LONG]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [i for i in items if i not in long]
+    devices, quick = on_devices(config), config.getoption('--quick')
+    def left_out(item):
+        on = item.get_closest_marker('devices') is not None
+        return on and devices == 'not' or not on and devices == 'alone' or quick and item.module.__name__ in LONG
+    out = [i for i in items if left_out(i)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [i for i in items if i not in out]
 
 def pytest_terminal_summary(terminalreporter, config):
+    if on_devices(config) == 'not': terminalreporter.write_line('left out, and run by make devices: pages and commands on pretended devices')
     if config.getoption('--quick'): terminalreporter.write_line(f'left out, and run by make test: {", ".join(LONG.values())}')
     missed = [r for r in terminalreporter.stats.get('skipped', []) if WANTS in str(r.longrepr)]
     if missed: terminalreporter.write_line(f'{len(missed)} tests were skipped for want of the real sections; the lines SKIPPED say how to get them')

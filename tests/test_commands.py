@@ -67,8 +67,8 @@ def section_image(file):
 def test_help():
     options = dict(histogene_demo='--out --epochs --seed --device', histogene_download='sections --root --no-images',
                    histogene_plot='predictions --genes --section --out --root',
-                   histogene_predict='model section --image --spot --superres --out --root --device --cache --tile',
-                   histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --batch --array --cache')
+                   histogene_predict='model section --image --spot --superres --out --root --device --cache --tile --precision',
+                   histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --precision --batch --array --cache')
     *helped, unknown, nothing = run_all(*([n, '--help'] for n in NAMES), ['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train'])
     for p in (unknown, nothing): assert p.returncode == 2 and p.err.startswith('usage:') and 'Traceback' not in p.err
     for name,process in zip(NAMES, helped):
@@ -105,11 +105,12 @@ def checkpoint_after(process, file):
 def test_texture_model(files, tmp_path):
     "The texture model behind the same commands: at spots, at 4x, from an image alone"
     out, rule = tmp_path/'model', '--n-top 40 --min-spots 5'.split()
-    run('histogene_train', files/'X1.h5ad', '--model', 'texture', '--array-from', files/'X2.h5ad', '--out', out, *rule)
-    net, image = from_pretrained(out), section_image(files/'Y1.h5ad')
+    first, small = (write_h5ad(synthetic_section(tmp_path, n, px=800), tmp_path/f'{n}.h5ad') for n in ('X1', 'Y1'))       # windows of 224 pixels take long where there are many
+    run('histogene_train', first, '--model', 'texture', '--array-from', files/'X2.h5ad', '--out', out, *rule)
+    net, image = from_pretrained(out), section_image(small)
     assert type(net).__name__ == 'TextureModel' and net.about['training']['array_from'] == ['X2'] and net.about['provenance']['command'].startswith('histogene_train ')
     assert not (out/'training.safetensors').exists()
-    for kind,args,name in (('spots', [files/'Y1.h5ad'], 'texture'), ('4x', [files/'Y1.h5ad', '--superres', '4'], 'texture_SR'), ('image', ['--image', image, '--spot-diameter', '112'], 'texture_SR')):
+    for kind,args,name in (('spots', [small], 'texture'), ('4x', [small, '--superres', '4'], 'texture_SR'), ('image', ['--image', image, '--spot-diameter', '112'], 'texture_SR')):
         run('histogene_predict', out, *args, '--out', tmp_path/f'{kind}.h5ad')
         a = ad.read_h5ad(tmp_path/f'{kind}.h5ad')
         assert a.uns['histogene']['predicted_by'] == name and list(a.var_names) == net.about['genes'] and np.isfinite(a.X).all() and a.X.std(0).max() > 0
@@ -120,7 +121,7 @@ def test_texture_model(files, tmp_path):
         assert p.returncode == 1 and said in p.err and 'Traceback' not in p.err and not (tmp_path/'other').exists()
 
 def test_interrupted_and_continued(files, tmp_path):
-    args = [files/'X1.h5ad', '--out', tmp_path/'model', *TINY, '--every', 1]
+    args = [files/'X1.h5ad', '--out', tmp_path/'model', *TINY, '--every', 0]
     process = start('histogene_train', *args, '--epochs', 100_000)
     file = tmp_path/'model/training.safetensors'
     checkpoint_after(process, file)

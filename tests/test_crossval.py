@@ -2,7 +2,7 @@
 import json, os, re, shutil, subprocess, sys, tempfile, threading
 import filelock, numpy as np, pandas as pd, psutil, pytest
 from functools import partial
-from histogene_nb.crossval import baselines, correlations, cross_validate, fold_names, histogene, read_tables, seconds_left, write_tables
+from histogene_nb.crossval import baselines, correlations, cross_validate, fold_names, histogene, read_tables, seconds_left, tables_made, write_tables
 from histogene_nb.files import InputError
 from histogene_nb.tissue import synthetic_section
 from conftest import root
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.xdist_group('ray')                          # one clust
 
 NAMES = ['X1', 'X2', 'Y1']
 RULE = dict(n_top=30, min_spots=30)
-SMALL = partial(histogene, epochs=15, lr=1e-3, every=1, dim=32, depth=1, heads=2)
+SMALL = partial(histogene, epochs=15, lr=1e-3, every=0, dim=32, depth=1, heads=2)
 CATALOGUE = pd.DataFrame(dict(patient=[n[0] for n in NAMES]), index=pd.Index(NAMES, name='section'))
 
 @pytest.fixture(scope='module')
@@ -147,6 +147,33 @@ def test_no_r_and_not_in_the_panel_are_told_apart(tissue, tmp_path):
     assert len({tuple(g) for g in folds.values()}) > 1, 'the panels of the folds should differ, or this tests nothing'
     for section,c in correlations(tables)['training mean'].items():
         assert sorted(c.index) == sorted(folds[section]) and c.r.isna().all()
+
+def test_tables_are_written_again_only_where_something_changed(tissue, tmp_path):
+    "Not of the same folds, gene sets and version, older than what they are of, lost or damaged: each is noticed"
+    run, tables, read = tmp_path/'run', tmp_path/'tables', tissue[1].__getitem__
+    def fold(name, method='baselines'): return cross_validate(read, CATALOGUE, {method: baselines}, run, panel=RULE, only=[name])[0]
+    def made_after(change, sets=None):
+        write_tables(run, tables, read, sets)
+        assert tables_made(run, tables, sets)
+        change()
+        return tables_made(run, tables, sets)
+    genes = fold('X1')['genes']
+    assert not tables_made(run, tables)
+    assert made_after(lambda: fold('X1')) and not made_after(lambda: fold('X2'))                   # found done; added
+    assert not made_after((run/'baselines-X1-seed0'/'scores.csv').touch) and not made_after(lambda: fold('X1', 'another'))
+    (gmt := tmp_path/'sets.gmt').write_text('\t'.join(['a', '', *genes]))
+    assert not made_after(lambda: shutil.rmtree(run/'another-X1-seed0')) and not tables_made(run, tables, str(gmt))
+    assert not made_after(gmt.touch, str(gmt)) and not tables_made(run, tables)
+    write_tables(run, tables, read)
+    about = json.loads((tables/'run.json').read_text())
+    damaged = [(f, None) for f in tables.glob('*.csv') if f.stem != 'pathways'] + [(tables/'run.json', t) for t in (None, '{', '[]', *map(json.dumps, (
+        {k: v for k,v in about.items() if k != 'made_from'}, about | dict(made_from=None), about | dict(normalization='released'), about | dict(made_from=about['made_from'] | dict(histogene_nb='0')))))]
+    for file,text in damaged:
+        before = file.read_bytes()
+        file.unlink() if text is None else file.write_text(text)
+        assert not tables_made(run, tables), (file.name, text)
+        file.write_bytes(before)
+        assert tables_made(run, tables)
 
 def test_tables_of_a_run_without_folds(tmp_path):
     with pytest.raises(InputError, match='no fold is finished'): write_tables(tmp_path, tmp_path/'tables', None)

@@ -6,7 +6,6 @@ import base64, contextlib, hashlib, html, io, json, os, re, shutil, subprocess, 
 from pathlib import Path, PurePosixPath
 
 import bokeh, yaml
-from fastcore.utils import num_cpus
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.quarto import refresh_quarto_yml
@@ -47,7 +46,7 @@ def process(cfg):
     for f in sorted([*cfg.lib_path.glob('*.py'), *(root/'tools').glob('*.py'), root/'settings.ini']): key.update(f.read_bytes())
     stamp = cache/'_key'
     force = not stamp.is_file() or stamp.read_text() != key.hexdigest()
-    proc_nbs(force=force, n_workers=min(4, num_cpus()))
+    proc_nbs(force=force, n_workers=0)                                      # here: each other process would import PyTorch and its like anew
     for f in cache.rglob('*.ipynb'):
         if not (cfg.nbs_path/f.relative_to(cache)).exists(): f.unlink()
     stamp.write_text(key.hexdigest())

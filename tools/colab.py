@@ -16,8 +16,8 @@ def setup(folder=root):
     return f"""{start} installs the package where it is missing, and says what it computes on
 try: import histogene_nb
 except ImportError: get_ipython().run_line_magic('pip', 'install -q git+{config['DEFAULT']['git_url']}')
-from histogene_nb.training import default_device
-print('computes on', default_device())"""
+from histogene_nb.devices import computes_on
+print(computes_on())"""
 
 def prepare(nb, source):
     "Put `source` in front of a notebook's first code cell, in the place of an earlier one; whether that changed it"

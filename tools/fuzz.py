@@ -115,7 +115,7 @@ def model_of(section, kind='HisToGene'):
     return model
 
 def training(section, file, epochs): # losses of a small model, trained from the checkpoint on
-    return train([section], list(section.var_names), epochs=epochs, every=1, device='cpu', checkpoint=file, **TINY)[1]
+    return train([section], list(section.var_names), epochs=epochs, every=0, device='cpu', checkpoint=file, **TINY)[1]
 
 def run_of(home, section):
     "A cross-validation of three sections, of which one fold is then taken out"

@@ -23,7 +23,7 @@ from histogene_nb.sections import download_her2st, git_blob_sha1, write_her2st
 from histogene_nb.tissue import synthetic_section
 
 results = Path(histogene_nb.__file__).parent/'results'/'robustness'
-small = dict(epochs=8, every=1, lr=1e-3, dim=32, depth=2, heads=2)
+small = dict(epochs=8, every=0, lr=1e-3, dim=32, depth=2, heads=2)
 
 # The commands; each works in the current folder
 def train(sections, panel, **options): histogene_train(sections, out='model', cache='cache', panel=panel, **options)

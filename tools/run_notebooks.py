@@ -1,12 +1,13 @@
 """Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/library/02_patches.ipynb ...]
 
 All notebooks but the workshop's exercises unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
-the run that they show. Progress bars are left out of the outputs, and so are metadata, but for a mark of the code and results that the outputs are of.
+the run that they show. Progress bars are left out of the outputs, figures get a palette, and metadata are left out but for a mark of the code and results that the outputs are of.
 """
-import ast, hashlib, io, re, sys, tempfile, time, tokenize
+import ast, base64, hashlib, io, re, sys, tempfile, time, tokenize
 from datetime import datetime
 from pathlib import Path
 import nbformat
+from PIL import Image
 from nbclient import NotebookClient
 
 root = Path(__file__).resolve().parent.parent
@@ -58,6 +59,17 @@ def seconds(cell):
     began, ended = (datetime.fromisoformat(cell.metadata['execution'][k].replace('Z', '+00:00')) for k in ('iopub.execute_input', 'shell.execute_reply'))
     return (ended - began).total_seconds()
 
+def lighter(output):
+    "Replace a figure's PNG by one with a palette of 256 colours where that is smaller"
+    picture = output.get('data', {}).get('image/png')
+    if picture is None: return output
+    made, image = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(picture))).convert('RGBA')
+    white = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    white.quantize(256, method=Image.Quantize.MEDIANCUT).save(made, 'png', optimize=True)
+    small = base64.b64encode(made.getvalue()).decode()
+    if len(small) < len(picture): output['data']['image/png'] = small
+    return output
+
 def run(path, shared):
     nb, start = nbformat.read(path, 4), time.perf_counter()
     skipped = [c for c in nb.cells if c.cell_type == 'code' and 'eval: false' in c.source]
@@ -69,7 +81,7 @@ def run(path, shared):
     for i,c in enumerate(nb.cells):
         if 'execution' in c.metadata and (took := seconds(c)) > 5: print(f'    cell {i}, {took:.0f} s: {c.source[:80]!r}')
         c.metadata = {}
-        if 'outputs' in c: c.outputs = [o for o in c.outputs if not progress_bar(o)]
+        if 'outputs' in c: c.outputs = [lighter(o) for o in c.outputs if not progress_bar(o)]
     nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'ran': fingerprint(nb)}
     nbformat.write(nb, path)
     print(f'{path.name}: {time.perf_counter() - start:.0f} s', flush=True)

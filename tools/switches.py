@@ -22,6 +22,7 @@ from histogene_nb.files import whole_file, data_folder
 from histogene_nb.sections import read_her2st, released_sections, section_name
 from histogene_nb.superres import predict_dense, predict_superres, recover_spots, section_mask
 from histogene_nb.tissue import synthetic_section
+from histogene_nb.devices import drawn_from
 from histogene_nb.training import fit, predict, predicted_section, run_model, training_example
 
 results = Path(histogene_nb.__file__).parent/'results'/'switches'
@@ -78,8 +79,7 @@ def other_stars(model, section, parts, kept):
 def one_run(training, test, panel, seed, out, checkpoint, normalization='paper', epochs=100, lr=1e-5, augment=False, change=None, positions=None, from_mean=False, parts=None, **options):
     "(switch or None, level, prediction) of the test sections, losses, number of parameters: as `train`, with a change of the model or of the sections' positions"
     if positions: training, test = ([positions(s) for s in t] for t in (training, test))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         model = HisToGene(len(panel), **options)
         if change: change(model)
     model.about, kept = dict(genes=panel, normalization=normalization), out/'patches'
