@@ -97,7 +97,7 @@ def histogene_train(
     augment:bool=False, # Turn and flip patches
     device:str=None, # cpu, cuda or mps (default: the best there is)
     every:float=60, # Seconds between checkpoints; 0: after each epoch
-    precision:str='auto', # Of the layers: float32, bfloat16 or float16 (default: by the device)
+    precision:str='auto', # Of the layers: auto (by the device), float32, bfloat16 or float16
     batch:int=1, # Sections per step; the processes of torchrun share them
     array_from:_words('Texture model: more sections on arrays of the same make; only their counts are used, to learn what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
@@ -158,7 +158,7 @@ def histogene_predict(
     device:str=None, # cpu, cuda or mps (default: the best there is)
     cache:str=None, # Folder that keeps patches (default: none)
     tile:float=None, # Predict in tiles of this many spot diameters, one after the other (default: all in one sequence)
-    precision:str='auto', # Of the layers: float32, bfloat16 or float16 (default: by the device)
+    precision:str='auto', # Of the layers: auto (by the device), float32, bfloat16 or float16
 ):
     "Predict a section's or an image's expression and write it as .h5ad"
     start, results, command = time.perf_counter(), {}, _command('histogene_predict', model, section or image)

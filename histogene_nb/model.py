@@ -100,7 +100,7 @@ class HisToGene(nn.Module):
         one = positions.ndim == 2
         x = self.embed(patches[None], positions[None]) if one else self.embed(patches, positions)   # (b, n, dim)
         for block in self.blocks: x = block(x)
-        with full_precision(x): out = self.head(x.float())                                          # (b, n, n_genes)
+        with full_precision(x): out = self.head(x.to(self.head[1].weight.dtype))                                          # (b, n, n_genes)
         return out[0] if one else out
 
     def inputs(self,

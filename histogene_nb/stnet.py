@@ -125,7 +125,7 @@ class STNet(nn.Module):
         if tuple(patches.shape[1:]) != (3, size, size): raise InputError(f'patches have shape {tuple(patches.shape)}, but this model takes (n, 3, {size}, {size}).')
         few = len(patches) if torch.is_grad_enabled() else 32             # few at a time: features of a whole section fill the memory
         seen = torch.cat([self.backbone(self.pixels(p)) for p in patches.split(few)])
-        with full_precision(seen): return self.head(seen.float())
+        with full_precision(seen): return self.head(seen.to(self.head.weight.dtype))
 
 # %% ../nbs/library/10_stnet.ipynb #f7af474e
 def spot_windows(
@@ -160,17 +160,18 @@ def spot_batches(
     scaler:torch.amp.GradScaler|None=None, # from `gradient_scaler`
 )->float: # mean loss
     "One epoch of `fit`: the spots of all sections in random order, a batch at a time"
-    scaler, found = scaler or gradient_scaler(device, 'float32'), []
+    scaler, found, seen = scaler or gradient_scaler(device, 'float32'), [], []
     spots = ConcatDataset([TensorDataset(*e) for e in examples])
-    for patches, _, targets in DataLoader(spots, batch_size, shuffle=True):
+    alone = len(spots) % batch_size == 1 < len(spots)                   # a last batch of one spot has no spread for batch normalisation
+    for patches, _, targets in DataLoader(spots, batch_size, shuffle=True, drop_last=alone):
         if augment: patches = turn_each(patches)
         with mixed(device, precision): out = model(patches.to(device))
         loss = F.mse_loss(out, targets.to(device))
         opt.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(opt); scaler.update()
-        found.append(loss.detach()*len(targets))
-    return sum(torch.stack(found).tolist())/len(spots)
+        found.append(loss.detach()); seen.append(len(targets))
+    return sum(l*n for l,n in zip(torch.stack(found).tolist(), seen))/sum(seen)
 
 # %% ../nbs/library/10_stnet.ipynb #e76b3424
 def train_stnet(

@@ -313,7 +313,7 @@ def _train_member(member, H, T, steps, lr, seed, device):
         for _ in range(steps):
             loss = 0.
             for h,t in zip(H, T):
-                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)      # drawn by the processor: the same spots on every device
+                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)      # drawn by the processor
                 loss = loss + (member(h[some]) - t[some]).square().sum(1).mean()/len(H)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
             losses.append(loss.detach())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .files import InputError
-from .devices import default_device, drawn_from, enough_memory, gradient_scaler, memory, mixed, precision_on
+from .devices import default_device, drawn_from, enough_memory, gradient_scaler, memory, mixed, precision_on, PRECISIONS
 from .sections import section_name
 from .patches import extract_patches
 from .expression import SCALES, normalize
@@ -85,7 +85,8 @@ def processes(
     "The processes of one training, as `torchrun` started them; 0 and 1 without it"
     if 'TORCHELASTIC_RUN_ID' not in os.environ: return 0, 1                             # set by torchrun
     if not dist.is_initialized():
-        named, device = device is not None and torch.device(device).index is not None, default_device(device)
+        asked, device = device, default_device(device)
+        named = asked is not None and torch.device(asked).index is not None
         if device.type == 'cuda': torch.cuda.set_device(device)
         own_card = device.type == 'cuda' and not named and torch.cuda.device_count() >= int(os.environ['LOCAL_WORLD_SIZE'])
         dist.init_process_group('cpu:gloo,cuda:nccl' if own_card and dist.is_nccl_available() else 'gloo')    # nccl takes no two processes on one card
@@ -116,6 +117,7 @@ def one_pass(
     "One epoch: the sections in random order, `batch` of them per step"
     (rank, world), scaler = processes(), scaler or gradient_scaler(device, 'float32')
     order, found = torch.randperm(len(examples)), []
+    scaler.scale(torch.zeros((), device=device))                                        # it begins, also where this process has no section at first
     seeds = torch.randint(2**62, order.shape) if batch > 1 else None
     for step in order.split(batch):
         opt.zero_grad()
@@ -174,7 +176,7 @@ def fit(
     if world > 1 and device.type not in ('cpu', 'cuda'): raise InputError(f'Several processes train on cpu or cuda, not on {device.type}. Give another device.')
     more = dict(batch=batch) if batch > 1 else {}
     if hasattr(model, 'check'):
-        for patches,positions,_ in examples: model.check(patches, positions)            # here, since on a card it would have to be waited for
+        for patches,positions,_ in examples: model.check(patches, positions.cpu())      # here, since on a card it would have to be waited for
     short = partial(enough_memory, device, 'Training', 'Give fewer or smaller sections, a smaller model, or another device.')
     with short(): model.to(device).train()
     opt, scaler = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ('cpu', 'cuda')), gradient_scaler(device, precision)
@@ -185,9 +187,11 @@ def fit(
         raise InputError(f'{file}: this training run has already done {len(losses)} epochs, more than the {epochs} asked for. Ask for more, or delete it to start anew.')
     if world > 1:
         add_up(done := torch.tensor([len(losses)]))
+        add_up(kinds := torch.tensor([int(precision == p) for p in PRECISIONS]))
+        if kinds.max() < world: raise InputError('The processes compute in different precisions, as their devices differ. Give one that all have, such as precision=float32 (--precision float32).')
         if done != world*len(losses): raise InputError(f'{file}: the processes do not find the same checkpoint. Give a folder that all of them see.')
         for w in model.state_dict().values(): dist.broadcast(w, 0)                      # all begin with the first one's weights
-    if device.type != 'cpu' and 2*sum(t.nbytes for e in examples for t in e) < memory(device)[0]:
+    if device.type == 'cuda' and 4*sum(t.nbytes for e in examples for t in e) < memory(device)[0]:
         with short(): examples = [tuple(t.to(device) for t in e) for e in examples]     # once, where there is room
     bar = tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch', disable=not progress or rank > 0)
     saved = time.monotonic()
@@ -196,7 +200,7 @@ def fit(
             with drawn_from(seed*1_000_003 + len(losses), device):
                 loss = one_pass(model, opt, examples, device, augment, precision=precision, scaler=scaler, **more)
             if not np.isfinite(loss):
-                raise InputError(f'Training diverged: the loss is not finite in epoch {len(losses) + 1}. Use a smaller learning rate; the last checkpoint is still good.')
+                raise InputError(f'Training diverged: the loss is not finite in epoch {len(losses) + 1}. Use a smaller learning rate' + (' or precision=float32' if precision == 'float16' else '') + '; the last checkpoint is still good.')
             losses.append(loss)
             bar.set_postfix(loss=f'{losses[-1]:.3f}'); bar.update()
             if file and rank == 0 and (time.monotonic() - saved >= every or len(losses) == epochs):
@@ -277,10 +281,14 @@ def run_model(
     "The model's output for one section, in evaluation mode"
     device = default_device(device)
     precision = precision_on(device, precision)
-    if hasattr(model, 'check'): model.check(patches, positions)
-    with enough_memory(device, f'A sequence of {len(patches)} patches', 'Predict in tiles (tile=40, or --tile 40), or on another device.'), mixed(device, precision):
+    if hasattr(model, 'check'): model.check(patches, positions.cpu())
+    advice = 'Predict in tiles (tile=40, or --tile 40), or on another device.' if hasattr(model, 'inputs') else 'Predict on another device.'
+    with enough_memory(device, f'A sequence of {len(patches)} patches', advice), mixed(device, precision):
         model.to(device).eval()
-        return model(patches.to(device), positions.to(device)).float().cpu().numpy()
+        X = model(patches.to(device), positions.to(device)).float().cpu().numpy()
+    if precision == 'float16' and not np.isfinite(X).all():
+        raise InputError('The prediction leaves the range of float16. Predict with precision=float32 (--precision float32).')
+    return X
 
 # %% ../nbs/library/07_training.ipynb #7d11e502
 def tiles(

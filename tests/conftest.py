@@ -27,6 +27,9 @@ def on_devices(config):
     "Whether tests on pretended devices are run alone, beside others (their file is named), or not"
     return 'alone' if config.getoption('--devices') else 'too' if any('test_devices' in str(a) for a in config.args) else 'not'
 
+def pytest_ignore_collect(collection_path, config):
+    if on_devices(config) == 'alone' and collection_path.name.startswith('test_') and collection_path.name != 'test_devices.py': return True
+
 def pytest_collection_modifyitems(config, items):
     devices, quick = on_devices(config), config.getoption('--quick')
     def left_out(item):

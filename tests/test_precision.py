@@ -1,12 +1,14 @@
 "What every device must keep to: exact resume in each precision, heads in float32, checkpoints by time, too little memory said in one line"
 import json
+from functools import partial
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from histogene_nb import training
-from histogene_nb.devices import attend, in_blocks
+from histogene_nb.devices import all_digits, attend, gradient_scaler, in_blocks
 from histogene_nb.files import InputError
 from histogene_nb.model import HisToGene, read_tensors
 from histogene_nb.texture import _ridge
+from histogene_nb.stnet import STNet, spot_batches
 from histogene_nb.training import fit, run_model
 
 TINY = dict(n_genes=12, patch_size=16, dim=32, depth=2, heads=4)
@@ -39,14 +41,51 @@ def test_a_run_goes_on_in_another_precision(tmp_path):
     assert losses == pytest.approx(fit(fresh(), examples(), epochs=6, lr=1e-3, device='cpu', progress=False), rel=.02)
 
 def test_the_scaler_goes_on_where_it_was(tmp_path):
-    how = dict(lr=1e-3, device='cpu', progress=False, precision='float16')
-    def wide():
-        model = fresh()
-        model.patch_embed.weight.data.mul_(100)                                                # gradients too large for float16 at first
-        return model
-    fit(wide(), [(p, q, 1e6*t) for p,q,t in examples()], epochs=2, checkpoint=tmp_path/'c.safetensors', **how)
-    scale = json.loads(read_tensors(tmp_path/'c.safetensors')[1]['state'])['scaler']['scale']
-    assert scale < 2**16, 'it began at 2**16 and was lowered'
+    "Gradients too large for float16 at first: the scale is lowered, kept, and taken up again"
+    how, large = dict(lr=1e-3, device='cpu', progress=False, precision='float16'), [(p, q, 1e6*t) for p,q,t in examples()]
+    file = tmp_path/'c.safetensors'
+    wanted, stopped = fresh(), fresh()
+    whole = fit(wanted, large, epochs=4, **how)
+    fit(stopped, large, epochs=2, checkpoint=file, **how)
+    assert json.loads(read_tensors(file)[1]['state'])['scaler']['scale'] < 2**16, 'it began at 2**16 and was lowered'
+    assert fit(again := fresh(), large, epochs=4, checkpoint=file, **how) == whole
+    assert all(torch.equal(a, b) for a,b in zip(wanted.parameters(), again.parameters()))
+
+def test_a_process_without_a_section_has_a_scaler_too():
+    "With more processes than sections, in its first step"
+    model, device = fresh(), torch.device('cpu')
+    opt, scaler = torch.optim.Adam(model.parameters(), lr=1e-3), gradient_scaler(torch.device('cpu'), 'float16')
+    training.one_pass(model, opt, examples()[:1], device, False, precision='float16', scaler=scaler)
+    began = gradient_scaler(device, 'float16')
+    began.scale(torch.zeros(()))
+    for w in model.parameters(): w.grad = torch.zeros_like(w)
+    began.step(opt); began.update()
+
+def test_other_types_of_weights():
+    "A model in float64 computes in float64, head included"
+    model, (patches, positions, _) = fresh().double().eval(), examples()[0]
+    assert model(patches, positions).dtype == torch.float64
+
+def test_st_net_where_one_spot_is_left_over():
+    "Batch normalisation takes no batch of one"
+    torch.manual_seed(0)
+    model = STNet(4, 'efficientnet_lite0', pretrained=False, patch_size=32)
+    example = (torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8), torch.empty(9, 0), torch.randn(9, 4))
+    losses = fit(model, [example], epochs=2, lr=1e-3, device='cpu', progress=False, one_pass=partial(spot_batches, batch_size=4))
+    assert np.isfinite(losses).all()
+
+def test_a_prediction_out_of_float16s_range(monkeypatch):
+    model, (patches, positions, _) = fresh(), examples()[0]
+    monkeypatch.setattr(model, 'forward', lambda *_: torch.full((40, 12), float('inf')))
+    with pytest.raises(InputError, match='range of float16.*precision=float32'): run_model(model, patches, positions, 'cpu', 'float16')
+
+def test_textures_take_all_digits_and_leave_settings_alone():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic = True
+    try:
+        with all_digits(): assert not torch.backends.cudnn.enabled or torch.backends.cudnn.deterministic
+    finally: torch.backends.cudnn.deterministic = before[1]
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
 
 def test_heads_are_float32():
     "Predictions of spots that differ little do not fall together"
@@ -126,3 +165,4 @@ def test_which_process_takes_which_card(monkeypatch, ranks, cards, asked, places
         began.clear()
         training.processes(asked)
         assert began == [p for p in (place, backend) if p], (rank, began)
+    with pytest.raises(InputError, match='no device'): monkeypatch.undo() or training.default_device('gpu')
