@@ -67,7 +67,7 @@ def precision_on(
 def mixed(
     device:torch.device, # to compute on
     precision:str, # from `precision_on`
-): # a context
+)->torch.autocast: # a context; in float32 one that changes nothing
     "Within this context a network's layers compute in a precision"
     return nullcontext() if precision == 'float32' else torch.autocast(device.type, getattr(torch, precision))
 
@@ -83,7 +83,7 @@ def all_digits():
 
 def full_precision(
     x:Tensor, # on the device in question
-): # a context
+)->torch.autocast: # a context; on mps one that changes nothing
     "Within this context, for the head of a network, everything is float32 again"
     return nullcontext() if x.device.type == 'mps' else torch.autocast(x.device.type, enabled=False)
 
