@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Tests at a time, each on one core
 WORKERS ?= 2
+# What make devices pretends to have
+DEVICES ?= cuda mps
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -55,7 +57,7 @@ quick: $(VENV)/.dev
 	$(PYTEST) --quick
 
 devices: $(VENV)/.dev
-	$(PYTEST) --devices
+	DEVICES="$(DEVICES)" $(PYTEST) --devices
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_site.py

@@ -12,6 +12,7 @@ from histogene_nb.crossval import write_h5ad
 from histogene_nb.tissue import synthetic_section
 
 KINDS = ('cuda', 'mps')
+ON = os.environ.get('DEVICES', 'cuda mps').split()                       # what pages and commands are run on: `make devices DEVICES=cuda`
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 # --- the pretence: what must fail on the device, and works on the processor
@@ -179,7 +180,7 @@ PAGES = [p for p in notebooks() if p.parent.name == 'library' or p.parent == roo
 @pytest.mark.parametrize('path', PAGES, ids=name)
 def test_page(path, tmp_path, store):
     "On the one device and, unless it put nothing on that, on the other"
-    for kind in KINDS:
+    for kind in ON:
         ran = forks.run(pretend.notebook, (kind,), path, store, folder=tmp_path, environment={'MPLBACKEND': 'agg'})
         if ran.returncode != 0: pytest.fail(f'{name(path)} on {kind}: {ran.err or "hung"}', pytrace=False)
         if '\n0 tensors' in f'\n{ran.out}': break
@@ -202,7 +203,7 @@ MADE = {'HisToGene': """histogene_train {0}/X1.h5ad {0}/X2.h5ad --out model --di
         'reproduce': 'histogene_reproduce synthetic --only X1 --epochs 1 --backbone efficientnet_lite0 --stnet-epochs 1 --stnet-px 32 --out run'}
 
 @pytest.mark.devices
-@kinds
+@pytest.mark.parametrize('kind', ON)
 @pytest.mark.parametrize('what', MADE)
 def test_commands(what, kind, sections, tmp_path, store):
     for line in MADE[what].format(sections).splitlines():
