@@ -73,49 +73,60 @@ def histogene_download(
     if list(sections or ()) == ['cscc']: print('cSCC data in', download_cscc(root, None, images))
     else: print('HER2+ data in', download_her2st(root, sections or None, images))
 
+# %% ../nbs/library/12_commands.ipynb #b2d9ab28
+def _check_settings(model, given):
+    "Raise `InputError` where a model does not take a setting; nothing is imported for HisToGene's own"
+    if model == 'HisToGene' and set(given) <= _HISTOGENE: return
+    from histogene_nb.interface import model_class
+    kind = model_class(model)
+    for k in given:
+        if k not in kind.settings():
+            raise InputError(f'--{k.replace("_", "-")} is no setting of {kind.name}, which has {", ".join(kind.settings())}. Leave it out.')
+    if _torchrun('WORLD_SIZE', 1) > 1 and 'batch' not in kind.settings():
+        raise InputError(f'{kind.name} trains in one process. Give the command without torchrun.')
+
+_HISTOGENE = {'epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'precision', 'batch'}
+
 # %% ../nbs/library/12_commands.ipynb #c8d9e38f
 @call_parse
 @_shell
 def histogene_train(
     sections:_words('Sections to train on: names such as B4 C2, or paths of .h5ad files, Visium folders, SpatialData stores, folders of tables', nargs='+'), # names such as B4 C2, or paths for `read_section`
     out:str='model', # Folder for the model; an interrupted training there is continued
-    model:str='HisToGene', # HisToGene; or texture, which chooses its own settings; it looks at each section for minutes, but only once where --cache keeps what it saw
+    model:str='HisToGene', # HisToGene, ST-Net, texture, or your own as module:Class; textures take minutes a section, once where --cache keeps them
     root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or where histogene_download puts it)
     panel:str=None, # File of genes to predict (default: the paper's rule on these sections)
     n_top:int=1000, # Panel rule: highly variable genes per section
     min_spots:int=1000, # Panel rule: spots in which a gene must be expressed
     normalization:str='paper', # paper or released
-    epochs:int=100, # Passes over the sections
-    lr:float=1e-5, # Learning rate
+    epochs:int=None, # Passes over the sections (default: the model's own; HisToGene 100)
+    lr:float=None, # Learning rate (default: the model's own; HisToGene 1e-5)
     seed:int=0, # Seed of weights, order and dropout
-    dim:int=1024, # Features per spot
-    depth:int=8, # Attention layers
-    heads:int=16, # Attention heads
-    dropout:float=.1, # Dropout
+    dim:int=None, # Features per spot (HisToGene: 1024)
+    depth:int=None, # Attention layers (HisToGene: 8)
+    heads:int=None, # Attention heads (HisToGene: 16)
+    dropout:float=None, # Dropout (HisToGene: 0.1)
     n_pos:int=None, # Positions along x and y (default: 64, or more where the sections' arrays need them)
-    pixels:str='centred', # centred, or raw as in the released code
+    pixels:str=None, # centred, or raw as in the released code (HisToGene: centred)
     augment:bool=False, # Turn and flip patches
     device:str=None, # cpu, cuda or mps (default: the best there is)
-    every:float=60, # Seconds between checkpoints; 0: after each epoch
-    precision:str='auto', # Of the layers: auto (by the device), float32, bfloat16 or float16
-    batch:int=1, # Sections per step; the processes of torchrun share them
+    every:float=None, # Seconds between checkpoints; 0: after each epoch (default: 60)
+    precision:str=None, # Of the layers: auto (by the device), float32, bfloat16 or float16
+    batch:int=None, # Sections per step; the processes of torchrun share them (default: 1)
     array_from:_words('Texture model: more sections on arrays of the same make; only their counts are used, to learn what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
 ):
     "Train a model on sections and save it"
-    start, out, given = time.perf_counter(), Path(out), dict(locals())
-    if model not in ('HisToGene', 'texture'): raise InputError(f'There is no model {model!r}; there are HisToGene and texture.')
-    if model != 'texture' and array_from: raise InputError('--array-from is a setting of the texture model. Give --model texture, or leave it out.')
+    start, out = time.perf_counter(), Path(out)
+    given = dict(epochs=epochs, lr=lr, dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, augment=augment or None,
+                 every=every, precision=precision, batch=batch, array_from=array_from)
+    given = {k: v for k,v in given.items() if v is not None}
     for s in [*sections, *(array_from or ())]: _look_for(s, root)
     for s in array_from or ():
         if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
-    if model == 'texture':
-        if _torchrun('WORLD_SIZE', 1) > 1: raise InputError('The texture model trains in one process. Give the command without torchrun.')
-        for k in ('epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'batch', 'precision'):
-            if given[k] != inspect.signature(histogene_train).parameters[k].default: raise InputError(f'--{k} is a setting of HisToGene; the texture model chooses its own. Leave it out.')
+    _check_settings(model, given)
     command = _command('histogene_train', sections)
-    settings = dict(epochs=epochs, lr=lr, seed=seed, augment=augment, batch=batch)
-    if (out/'config.json').exists() and (model == 'texture' or not (out/'training.safetensors').exists()):     # with both, a training was killed at its very end, and goes on to that
+    if (out/'config.json').exists() and not (out/'training.safetensors').exists():     # with both, a training was killed at its very end, and goes on to that
         raise InputError(f'{out}: there is a trained model already, and it is left as it is. Choose another folder with --out, or delete this one.')
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f'{out}: this folder cannot be made ({e.strerror}). Choose another with --out.') from e
@@ -123,25 +134,24 @@ def histogene_train(
     data = [read_section(s, root=root) for s in sections]
     from histogene_nb.crossval import provenance
     from histogene_nb.expression import read_panel, select_panel
-    from histogene_nb.model import save_pretrained
+    from histogene_nb.interface import model_class, save_pretrained
     from histogene_nb.devices import default_device, device_name, precision_on
-    from histogene_nb.training import processes, train
+    from histogene_nb.training import processes
     rank, world = processes(device)                                                              # before the first use of a card
     chosen = default_device(device)
-    n_pos = n_pos or max(64, *(1 + int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in data))
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
-    print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {chosen} ({device_name(chosen)})' + ('' if model == 'texture' else f' in {precision_on(chosen, precision)}'))
-    if model == 'texture':
-        from histogene_nb.texture import train_texture
-        net, losses = train_texture(data, genes, normalization, seed=seed, device=device, cache=cache, array_from=[read_section(s, root=root) for s in array_from or ()])
-    else: net, losses = train(data, genes, normalization, device=device, checkpoint=out/'training.safetensors', every=every, cache=cache, precision=precision,
-                              dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, **settings)
+    kind = model_class(model)
+    layers = f" in {precision_on(chosen, precision or 'auto')}" if kind.rounds else ''
+    print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {chosen} ({device_name(chosen)}){layers}')
+    if array_from: given['array_from'] = [read_section(s, root=root) for s in array_from]
+    net, losses = kind.train_on(data, genes, normalization, seed, device, out/'training.safetensors', cache, **given)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
     net.about['provenance'] = provenance(command, start, device, processes=world)
     if rank > 0: return
     save_pretrained(net, out)
     (out/'training.safetensors').unlink(missing_ok=True)
-    print(f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - start:.0f} s; model in {out}')
+    learned = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
+    print(f'{learned} in {time.perf_counter() - start:.0f} s; model in {out}')
 
 # %% ../nbs/library/12_commands.ipynb #75a54c35
 @call_parse
@@ -159,6 +169,7 @@ def histogene_predict(
     cache:str=None, # Folder that keeps patches (default: none)
     tile:float=None, # Predict in tiles of this many spot diameters, one after the other (default: all in one sequence)
     precision:str='auto', # Of the layers: auto (by the device), float32, bfloat16 or float16
+    kind:str=None, # The model's class as module:Class, where it is your own
 ):
     "Predict a section's or an image's expression and write it as .h5ad"
     start, results, command = time.perf_counter(), {}, _command('histogene_predict', model, section or image)
@@ -174,11 +185,10 @@ def histogene_predict(
     from histogene_nb import evaluation as ev
     from histogene_nb.crossval import provenance, write_h5ad
     from histogene_nb.expression import normalize
-    from histogene_nb.model import from_pretrained
+    from histogene_nb.interface import from_pretrained, predict
     from histogene_nb.position import another_array, array_steps, fit_grid
     from histogene_nb.superres import predict_image, predict_superres, recover_spots
-    from histogene_nb.training import predict
-    net = from_pretrained(model)
+    net = from_pretrained(model, kind)
     if image is not None:
         predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um, precision)
         d = predicted.uns['histogene']['patch_diameter']
@@ -199,8 +209,9 @@ def histogene_predict(
     if not predicted.uns['spatial'][section_name(predicted)]['images']: add_hires(predicted)         # scanpy's pl.spatial wants one
     predicted.uns['histogene']['command'] = command
     from histogene_nb.devices import default_device, precision_on
-    computed = 'float32' if net.name == 'texture' else precision_on(default_device(device), precision)
-    more = dict(precision=computed, trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'), section=str(section or image), superres=superres)
+    computed = precision_on(default_device(device), precision) if net.rounds else 'float32'
+    trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'))
+    more = dict(precision=computed, **trained, section=str(section or image), superres=superres)
     text = json.dumps({**provenance(command, start, device), **more, 'results': results}, indent=1)
     with whole_file(Path(out).with_suffix('.json')) as part:
         part.write_text(text, encoding='utf-8')
@@ -285,17 +296,17 @@ def histogene_demo(
     from histogene_nb import evaluation as ev
     from histogene_nb.crossval import provenance, write_h5ad
     from histogene_nb.expression import normalize, select_panel
-    from histogene_nb.model import save_pretrained
+    from histogene_nb.interface import predict, save_pretrained
+    from histogene_nb.model import HisToGene
     from histogene_nb.superres import predict_superres, recover_spots
     from histogene_nb.tissue import synthetic_section
-    from histogene_nb.training import predict, train
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
     sections = [synthetic_section(out/'sections', n, seed) for n in tqdm(names, desc='synthetic tissue', unit='section')]
     *training, held_out = sections
     panel = select_panel(training, n_top=120, min_spots=200)
-    model, losses = train(training, panel, epochs=epochs, lr=1e-3, seed=seed, device=device, dim=128, depth=2, heads=4)
+    model, losses = HisToGene.train_on(training, panel, epochs=epochs, lr=1e-3, seed=seed, device=device, dim=128, depth=2, heads=4)
     save_pretrained(model, out/'model')
     observed = normalize(held_out, panel)
     predicted, dense = predict(model, held_out, device), predict_superres(model, held_out, 4, device)
@@ -377,7 +388,8 @@ def measured_rates(
     import torch
     from histogene_nb.model import HisToGene
     from histogene_nb.devices import default_device
-    from histogene_nb.training import fit, run_model
+    from histogene_nb.interface import run_model
+    from histogene_nb.training import fit
     device, model = default_device(device), HisToGene(n_genes, **options)
     size = model.config['patch_size']
     example = (torch.randint(256, (spots, 3, size, size), dtype=torch.uint8), torch.randint(64, (spots, 2)), torch.randn(spots, n_genes))
@@ -386,7 +398,7 @@ def measured_rates(
     for epochs in (1, 1 + steps):
         start = time.perf_counter(); fit(model, [example], epochs, device=device, progress=False); times.append(time.perf_counter() - start)
     dense = (torch.zeros(1, 3, size, size, dtype=torch.uint8).expand(patches, -1, -1, -1), torch.zeros(patches, 2, dtype=torch.long))
-    start = time.perf_counter(); run_model(model, *dense, device)
+    start = time.perf_counter(); run_model(model, dense, device)
     return dict(train=(times[1] - times[0])/steps/spots, predict=(time.perf_counter() - start)/patches)
 
 # %% ../nbs/library/12_commands.ipynb #0f23fd44
@@ -397,7 +409,7 @@ def histogene_reproduce(
     out:str='reproduced', # Folder of the run; one that is there already is continued
     root:str=None, # Folder of the data
     by:str='section', # What is left out: section, patient or both
-    methods:str='all', # baselines, HisToGene, ST-Net (all: these three), ridge, texture; separated by commas
+    methods:str='all', # baselines, HisToGene, ST-Net (all: these three), ridge, texture, your own as module:Class; separated by commas
     panel:str=None, # File of genes to predict (default: the paper's rule, in each training fold)
     only:str=None, # Folds to run, by the sections that they leave out, such as C3; separated by commas (default: all)
     seeds:int=1, # Models per fold
@@ -418,19 +430,22 @@ def histogene_reproduce(
     start, out, synthetic = time.perf_counter(), Path(out), list(sections or ()) == ['synthetic']
     command = _command('histogene_reproduce', *(sections or ()))
     read, catalogue = reader(sections, root, out/'tissue')
-    from histogene_nb.crossval import baselines, cross_validate, duration, histogene, ridges, stnet, tables_made, texture, write_tables
+    from histogene_nb.crossval import baselines, cross_validate, duration, histogene, ridges, spot_model, tables_made, texture, write_tables
+    from histogene_nb.interface import model_class
     from histogene_nb.expression import read_panel
     from histogene_nb.tissue import GENES
     given = lambda **options: {k: v for k,v in options.items() if v is not None}
     histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)), **given(epochs=epochs, precision=precision)}
     stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px, precision=precision), 'backbone': backbone}
-    every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(stnet, **stnet_as), 'ridge': ridges, 'texture': texture}
+    every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as),
+             'ridge': ridges, 'texture': texture}
     chosen = list(every)[:3] if methods == 'all' else methods.split(',')
     for m in chosen:
-        if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}.')
+        if ':' in m: every[m] = model_class(m)
+        if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, and your own models as module:Class.')
     if by not in ('section', 'patient', 'both'): raise InputError(f'--by is section, patient or both, not {by}.')
     genes = read_panel(panel) if panel else dict(n_top=120, min_spots=150) if synthetic else {}
-    done = cross_validate(read, catalogue, {m: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
+    done = cross_validate(read, catalogue, {m.rpartition(':')[2]: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
                           cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus, command=command)
     sets = gene_sets or ({k: g.split() for k,g in GENES.items()} if synthetic else None)
     if not tables_made(out, out/'tables', sets): write_tables(out, out/'tables', read, sets)

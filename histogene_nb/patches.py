@@ -136,15 +136,16 @@ def extract_patches(
     size:int=112, # side of a patch in the tensor (W = H in the paper)
     centres:np.ndarray|None=None, # (n, 2) other centres than the spots', in full-resolution pixels
     cache:str|Path|None=None, # folder that keeps patches between runs; None keeps nothing
+    width:float=1., # side of the tissue that a patch shows, in spot diameters
 )->torch.Tensor: # uint8 (n, 3, size, size)
-    """Patches of a section, each as wide as a spot (paper: Data preprocessing).
+    """Patches of a section, each as wide as a spot unless told otherwise (paper: Data preprocessing).
 
     How many of them reached over the image's edge is in `section.uns['histogene']['n_padded']`."""
     name = section_name(section)
     info = section.uns['spatial'][name]
     centres = _checked(section.obsm['spatial'] if centres is None else centres, dict(size=size), name)
     diameter = info['scalefactors']['spot_diameter_fullres']
-    side = round(diameter) if np.isfinite(diameter) else 0
+    side = round(width*diameter) if np.isfinite(diameter) else 0
     if side < 1: raise InputError(f'{name}: the spot diameter is {diameter:g} pixels. Give the width of a spot in full-resolution pixels.')
     with section_image(section) as image:
         file = cache_file(cache, section, centres, size, side) if cache is not None else None

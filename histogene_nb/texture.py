@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Example', 'Textures', 'texture_numbers', 'texture_example', 'colour_numbers', 'ridge_baseline', 'inner_folds',
-           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel', 'train_texture']
+           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel', 'begin', 'learn']
 
 # %% ../nbs/library/16_texture.ipynb #fc8f7ffb
 import hashlib
@@ -16,13 +16,13 @@ from anndata import AnnData
 from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .files import InputError
-from .devices import all_digits, default_device, device_of, enough_memory, full_precision, drawn_from
+from .devices import all_digits, default_device, device_of, drawn_from, enough_memory, full_precision
 from .sections import section_name
-from .patches import cache_file, read_array, save_array
+from .patches import cache_file, extract_patches, read_array, save_array
 from .expression import normalize
+from .interface import SpotModel
 from .model import Block
-from .position import fit_grid
-from .stnet import load_lite0, spot_windows
+from .stnet import load_lite0
 from .training import kept_memory, turn_patches
 from .yields import DEAD, array_yields, at_positions, local_yield
 
@@ -86,8 +86,10 @@ def texture_numbers(
     with torch.no_grad(), kept_memory(), all_digits(), enough_memory(device, 'Looking at the tissue', 'Use another device, or let other programs end first.'):
         for j,window in enumerate(windows):
             for start in range(0, len(centres), 2048):                               # all windows of a dense grid at once would fill the memory
-                patches = spot_windows(section, size, window, None, centres[start:start + 2048])
-                for i,batch in zip(range(start, len(centres), 16), patches.split(16)): out[i:i + len(batch), j] = sum(textures(turn_patches(batch.to(device), way)) for way in _WAYS[:views]).cpu()/views
+                patches = extract_patches(section, size, centres[start:start + 2048], width=window)
+                for i,batch in zip(range(start, len(centres), 16), patches.split(16)):
+                    seen = sum(textures(turn_patches(batch.to(device), way)) for way in _WAYS[:views])
+                    out[i:i + len(batch), j] = seen.cpu()/views
     if file: save_array(file, out.flatten(1).numpy())
     return out.flatten(1)
 
@@ -95,19 +97,14 @@ def texture_numbers(
 Example = namedtuple('Example', 'section numbers positions Y alive')
 
 def texture_example(
-    textures:Textures, # on the device to use
-    section:AnnData, # raw counts, with its image
-    panel:list, # genes to predict
-    normalization:str='paper', # see `normalize`
-    windows:tuple=(1., 2., 4., 8.), # see `texture_numbers`
-    size:int=224, # see `texture_numbers`
-    cache:str|Path|None=None, # folder that keeps patches
-    views:int=4, # see `texture_numbers`
+    section:AnnData, # raw counts
+    numbers:np.ndarray, # (n, d) from `texture_numbers`
+    Y:np.ndarray, # (n, genes) to predict, from `normalize`
 )->Example: # numbers (n, d), positions (n, 2), Y (n, genes), alive bool (n,)
     "What the model sees of a section, and what it is to predict"
-    Y, numbers = normalize(section, panel, normalization).X, texture_numbers(textures, section, windows, size, cache=cache, views=views).numpy()
     alive = local_yield(section) > DEAD
-    return Example(section, numbers, section.obs[['array_col', 'array_row']].to_numpy(), Y, alive if alive.sum() > 2 else np.ones(len(section), bool))
+    if alive.sum() <= 2: alive = np.ones(len(section), bool)
+    return Example(section, numbers, section.obs[['array_col', 'array_row']].to_numpy(), Y, alive)
 
 # %% ../nbs/library/16_texture.ipynb #8d7a0c7f
 _YIELD = 10.                                                                    # a ln yield of 1/10 counts as one standard deviation of a texture
@@ -158,7 +155,7 @@ def colour_numbers(
     found = []
     for window in windows:
         rows = []
-        for batch in spot_windows(section, size, window, cache).split(256):
+        for batch in extract_patches(section, size, cache=cache, width=window).split(256):
             density = -np.log((batch.numpy().astype(np.float32) + 1)/256)            # optical density (n, 3, h, w)
             grey = density.mean(1)
             steps = [np.abs(grey[:, k:] - grey[:, :-k]).mean((1, 2)) + np.abs(grey[:, :, k:] - grey[:, :, :-k]).mean((1, 2)) for k in (1, 4, 16)]
@@ -183,7 +180,7 @@ def inner_folds(
     ranks:tuple=(1, 2, 3, 5, 10), # numbers of patterns to try
     alphas:tuple=(5., 2., 1., .5, .2), # penalties to try, per input
     use_array:bool=True, # with the array's yields
-    array_from:tuple=(), # see `train_texture`
+    array_from:tuple=(), # see `TextureModel`'s `learn`
 )->pd.DataFrame: # mean r over genes; a row per rank and alpha, simplest first, a column per section left out
     "How well each setting predicts a training section from the other training sections, by ridge regression"
     found = {}
@@ -238,12 +235,14 @@ class SpotTransformer(nn.Module):
         "Scores of each spot"
         return self.head(self.blocks(self.embed(self.dropout(x))[None]))[0]
 
-class TextureModel(nn.Module):
+# %% ../nbs/library/16_texture.ipynb #d44c8ad9
+class TextureModel(SpotModel):
     "Ridge regression and small transformers on textures, averaged; a few patterns, mixed into genes"
     name = 'texture'                                                            # what its predictions are called
+    rounds = False                                                              # float32 throughout: there is little to gain from less
     def __init__(self,
         n_genes:int=785, # genes to predict
-        rank:int=3, # patterns
+        rank:int|None=None, # patterns; chosen on inner folds in training unless given
         windows:tuple=(1., 2., 4., 8.), # see `texture_numbers`
         size:int=224, # see `texture_numbers`
         views:int=4, # see `texture_numbers`: at spots; between them, where patches overlap, one
@@ -252,30 +251,41 @@ class TextureModel(nn.Module):
         depth:int=2, # attention layers
         heads:int=4, # heads in each
         dropout:float=.3, # in training
+        use_array:bool=True, # learn what the array yields where
         array:tuple=(1, 1), # places of the array that something is known of, along x and y
+        pretrained:bool=True, # with the photograph network's weights; False before others are loaded
     ):
-        super().__init__()
-        if min(n_genes, rank, size, views, dim, depth, heads, *array) < 1 or members < 0 or not windows or not min(windows) > 0:
-            raise InputError(f'n_genes, rank, size, views, dim, depth, heads and array are 1 or more, members 0 or more and windows above 0, not {(n_genes, rank, size, views, dim, depth, heads, tuple(array), members, windows)}.')
-        self.config = dict(n_genes=n_genes, rank=rank, windows=list(windows), size=size, views=views, members=members, dim=dim, depth=depth, heads=heads, dropout=dropout, array=list(array))
-        self.about, d = {}, 160*len(windows)
-        self.textures = Textures()
-        for k,shape in dict(centre=(d,), scale=(d,), linear=(d + 1, rank), basis=(rank, n_genes), mean=(n_genes,), dead=(n_genes,), yields=array, dead_share=array).items(): self.register_buffer(k, torch.zeros(tuple(shape)))
-        self.members = nn.ModuleList(SpotTransformer(d + 1, rank, dim, depth, heads, dropout) for _ in range(members))
+        if min(sizes := (n_genes, rank or 1, size, views, dim, depth, heads, *array, members + 1)) < 1 or not windows or not min(windows) > 0:
+            raise InputError('n_genes, rank, size, views, dim, depth, heads and array are 1 or more, members 0 or more and windows above 0, '
+                             f'not {sizes[:7]}, {tuple(array)}, {members} and {tuple(windows)}.')
+        super().__init__(n_genes=n_genes, rank=rank, windows=list(windows), size=size, views=views, members=members, dim=dim, depth=depth,
+                         heads=heads, dropout=dropout, use_array=use_array, array=list(array), pretrained=pretrained)
+        self.textures = Textures(load_lite0() if pretrained else None)
+        self.shape(rank or 1, array)
 
-    def inputs(self,
-        section, # AnnData with an image
-        centres=None, # (n, 2) places in full-resolution pixels; the section's spots unless given
-        grid=None, # not needed: between the spots there is no array
-        cache=None, # folder that keeps patches
+    def shape(self,
+        rank:int, # patterns
+        array:tuple, # places of the array, along x and y
+    ):
+        "Room for this many patterns, on an array of this size"
+        c, d = self.config, 160*len(self.config['windows'])
+        shapes = dict(centre=(d,), scale=(d,), linear=(d + 1, rank), basis=(rank, c['n_genes']), mean=(c['n_genes'],), dead=(c['n_genes'],),
+                      yields=array, dead_share=array)
+        for k,shape in shapes.items(): self.register_buffer(k, torch.zeros(tuple(shape)))
+        self.members = nn.ModuleList(SpotTransformer(d + 1, rank, c['dim'], c['depth'], c['heads'], c['dropout']) for _ in range(c['members']))
+
+    def look(self,
+        section, # AnnData with an image: its spots, or places between them
+        cache=None, # folder that keeps the numbers
     )->tuple: # numbers (n, d), positions long (n, 2): -1 where there is no spot of an array
-        "What the model sees of a section, at its spots or anywhere"
-        numbers = texture_numbers(self.textures, section, tuple(self.config['windows']), self.config['size'], centres, cache, self.config['views'] if centres is None else 1)
-        on_array = centres is None and array_step(section) == self.about.get('array_step')
+        "What the model sees of a section's places"
+        between, c = 'superres' in section.uns['histogene'], self.config
+        numbers = texture_numbers(self.textures, section, tuple(c['windows']), c['size'], None, cache, 1 if between else c['views'])
+        on_array = not between and array_step(section) == self.about.get('array_step')
         positions = section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64) if on_array else np.full((len(numbers), 2), -1)
         return numbers, torch.from_numpy(np.ascontiguousarray(positions))
 
-    def known(self,
+    def on_table(self,
         table:Tensor, # (x, y)
         positions:Tensor, # long (n, 2)
     )->Tensor: # (n,), 0 where the table does not reach
@@ -286,16 +296,19 @@ class TextureModel(nn.Module):
         return torch.where(inside, table[x, y], 0.)
 
     def forward(self,
-        numbers:Tensor, # (n, d), from `inputs`
-        positions:Tensor, # long (n, 2), from `inputs`
+        numbers:Tensor, # (n, d), from `look`
+        positions:Tensor, # long (n, 2), from `look`
     )->Tensor: # (n, n_genes)
         "Predicted expression of each place"
-        with full_precision(numbers):                                               # there is little to gain from less
-            x = torch.cat([(numbers - self.centre)/self.scale, _YIELD*self.known(self.yields, positions)[:, None]], 1)
+        with full_precision(numbers):
+            x = torch.cat([(numbers - self.centre)/self.scale, _YIELD*self.on_table(self.yields, positions)[:, None]], 1)
             scores = x @ self.linear
             if self.members: scores = (scores + torch.stack([m(x) for m in self.members]).mean(0))/2
-            dead = self.known(self.dead_share, positions)[:, None]
+            dead = self.on_table(self.dead_share, positions)[:, None]
             return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
+
+# %% ../nbs/library/16_texture.ipynb #4fb8908c
+from fastcore import basics
 
 # %% ../nbs/library/16_texture.ipynb #e8364ffa
 def _train_member(member, H, T, steps, lr, seed, device):
@@ -321,46 +334,56 @@ def _train_member(member, H, T, steps, lr, seed, device):
     member.eval()
     return torch.stack(losses).tolist()
 
-def train_texture(
-    sections:list, # AnnData each, with raw counts and images
-    panel:list, # genes to predict
-    normalization:str='paper', # see `normalize`
-    rank:int|None=None, # patterns; chosen on inner folds unless given
+# %% ../nbs/library/16_texture.ipynb #82cc2cde
+@basics.patch
+def begin(self:TextureModel,
+    sections:list, # to train on
+    alpha:float|None=None, # see `learn`
+    steps:int=100, # see `learn`
+    lr:float=1e-3, # see `learn`
+    array_from:tuple=(), # see `learn`
+):
+    "Refuse what cannot be learned from, and arrays numbered in different ways; note how theirs is numbered"
+    if not (steps >= 20 and 0 < lr < np.inf): raise InputError(f'steps is 20 or more and lr above 0 and finite, not {steps} and {lr}.')
+    if alpha is not None and not 0 < alpha < np.inf:
+        raise InputError(f'alpha is above 0 and finite, not {alpha}. Leave it out, and it is chosen on inner folds.')
+    names, more = ([section_name(s) for s in ss] for ss in (sections, array_from))
+    if len(taught := [*names, *more]) > len(set(taught)) or (more and not self.config['use_array']):
+        raise InputError(f'array_from takes sections that are not trained on, each once, and use_array, not {more} beside {names}.')
+    if self.config['use_array'] and len(kinds := {array_step(s) for s in [*sections, *array_from]}) > 1:
+        raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be '
+                         'learned of their positions. Train on one kind, or with use_array=False.')
+    self.about['array_step'] = array_step(sections[0])
+
+# %% ../nbs/library/16_texture.ipynb #60756b5a
+@basics.patch
+def learn(self:TextureModel,
+    examples:list, # of (numbers, positions, targets), one a section
+    sections:list, # the same sections: which spots are alive, and what the array yields where
     alpha:float|None=None, # penalty of the ridge regression, per input; chosen on inner folds unless given
     steps:int=100, # of each transformer
     lr:float=1e-3, # AdamW's highest learning rate
+    array_from:tuple=(), # more sections on arrays of the same make; only their counts are used: they teach what the array yields where
     seed:int=0, # of the transformers
     device:str|torch.device|None=None, # chosen unless given
-    use_array:bool=True, # learn what the array yields where
-    array_from:tuple=(), # more sections on arrays of the same make, of which only the counts are used: they teach what the array yields where
-    cache:str|Path|None=None, # folder that keeps patches
-    **options, # of `TextureModel`: windows, members, dim, ...
-)->tuple: # the trained model, and the transformers' mean loss at each step
-    "Train the texture model on sections"
-    names = [section_name(s) for s in sections]
-    if not names or len(set(names)) < len(names): raise InputError(f'Training takes one or more sections, each once, not {names}.')
-    if not (steps >= 20 and 0 < lr < np.inf): raise InputError(f'steps is 20 or more and lr above 0 and finite, not {steps} and {lr}.')
-    for name,value in dict(rank=rank, alpha=alpha).items():
-        if value is not None and not 0 < value < np.inf: raise InputError(f'{name} is above 0 and finite, not {value}. Leave it out, and it is chosen on inner folds.')
-    if len(taught := [*names, *(section_name(s) for s in array_from)]) > len(set(taught)) or (array_from and not use_array):
-        raise InputError(f'array_from takes sections that are not trained on, each once, and use_array, not {taught[len(names):]} beside {names}.')
-    if use_array and len(kinds := {array_step(s) for s in [*sections, *array_from]}) > 1: raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be learned of their positions. Train on one kind, or with use_array=False.')
-    device = default_device(device)
-    textures = Textures(load_lite0()).to(device)
-    given = {k: options[k] for k in ('windows', 'size', 'views') if k in options}
-    examples = [texture_example(textures, s, panel, normalization, cache=cache, **given) for s in sections]
-    inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), use_array=use_array, array_from=array_from) if len(examples) > 1 and None in (rank, alpha) else None
-    chosen = simplest_setting(inner) if inner is not None else (3, 1.)
-    rank, alpha = int(chosen[0] if rank is None else rank), float(chosen[1] if alpha is None else alpha)
-    rank = min(rank, len(panel), sum(int(e.alive.sum()) for e in examples))
+    checkpoint:str|Path|None=None, # not needed
+)->list: # the transformers' mean loss at each step
+    "Inner folds, ridge regression, then each transformer"
+    rank, use_array = self.config['rank'], self.config['use_array']
+    examples = [texture_example(s, numbers.numpy(), Y.numpy()) for s,(numbers,_,Y) in zip(sections, examples)]
+    how = dict(use_array=use_array, array_from=array_from)
+    ask = len(examples) > 1 and None in (rank, alpha)
+    inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), **how) if ask else None
+    chosen = simplest_setting(inner) if ask else (3, 1.)
+    alpha = float(chosen[1] if alpha is None else alpha)
+    rank = min(int(chosen[0] if rank is None else rank), self.config['n_genes'], sum(int(e.alive.sum()) for e in examples))
     H, T, about = _prepare(examples, rank, use_array, array_from)
-    model = TextureModel(len(panel), rank, array=about['yields'].shape, **options)
-    model.textures = textures
-    for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items(): getattr(model, k).copy_(torch.as_tensor(v))
-    with enough_memory(device, 'Training', 'Use another device.'): model.to(device)  # whole, before its parts are trained
-    each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(model.members)]
-    diameters = [s.uns['spatial'][n]['scalefactors']['spot_diameter_fullres'] for n,s in zip(names, sections)]
-    model.about = dict(genes=list(panel), normalization=normalization, sections=names, spot_diameter=float(np.median(diameters)), array_step=array_step(sections[0]), grid=np.mean([fit_grid(s) for s in sections], 0).tolist(),
-                       training=dict(rank=rank, alpha=alpha, steps=steps, lr=lr, seed=seed, use_array=use_array, array_from=taught[len(names):]),
-                       inner_folds=[] if inner is None else inner.round(5).reset_index().to_dict('records'))
-    return model.eval(), np.mean(each, 0).tolist() if each else []
+    array, device = about['yields'].shape, default_device(device)
+    with drawn_from(seed): self.shape(rank, array)
+    self.config.update(rank=rank, array=list(array))
+    for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items(): getattr(self, k).copy_(torch.as_tensor(v))
+    self.to(device)                                                             # whole, before its parts are trained
+    each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(self.members)]
+    self.about['training'].update(rank=rank, alpha=alpha, use_array=use_array, array_from=[section_name(s) for s in array_from])
+    self.about['inner_folds'] = inner.round(5).reset_index().to_dict('records') if ask else []
+    return np.mean(each, 0).tolist() if each else []

@@ -14,14 +14,14 @@ from pathlib import Path
 import pandas as pd
 import histogene_nb
 from histogene_nb.commands import reader
-from histogene_nb.crossval import baselines, cross_validate, finished_folds, fold_name, histogene, mean_measures, provenance, ridges, stnet, texture
+from histogene_nb.crossval import baselines, cross_validate, finished_folds, fold_name, histogene, mean_measures, provenance, ridges, spot_model, texture
 from histogene_nb.expression import read_panel
 from histogene_nb.files import data_folder
 from histogene_nb.sections import her2st_catalogue, read_her2st
 
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
-slow = {'HisToGene': histogene, 'ST-Net': partial(stnet, backbone='efficientnet_lite0', patch_size=112)}
+slow = {'HisToGene': histogene, 'ST-Net': partial(spot_model, kind='ST-Net', backbone='efficientnet_lite0', patch_size=112)}
 once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture, use_array=False, members=0), 'texture without transformers': partial(texture, members=0)}
 
 @cache

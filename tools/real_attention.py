@@ -11,18 +11,18 @@ import histogene_nb
 from histogene_nb.crossval import provenance
 from histogene_nb.evaluation import gene_correlations
 from histogene_nb.expression import normalize, read_panel
-from histogene_nb.model import attention_maps
+from histogene_nb.model import attention_maps, HisToGene
 from histogene_nb.files import data_folder
 from histogene_nb.sections import read_her2st
-from histogene_nb.training import predict, train
+from histogene_nb.interface import predict
 
 results = Path(histogene_nb.__file__).parent/'results'
 
 def main():
     start, read = time.perf_counter(), lambda name: read_her2st(data_folder(), name, verbose=False)
     panel, section = read_panel(data_folder().parent/'reference'/'published_panel_785.csv'), read('C3')
-    model, losses = train([read(s) for s in ('B4', 'C2', 'C4', 'C5')], panel, lr=1e-4, dim=256, depth=4, heads=4)
-    maps = attention_maps(model, *model.inputs(section), torch.arange(len(section))).numpy()       # (4, 4, n, n)
+    model, losses = HisToGene.train_on([read(s) for s in ('B4', 'C2', 'C4', 'C5')], panel, lr=1e-4, dim=256, depth=4, heads=4)
+    maps = attention_maps(model, *model.look(section), torch.arange(len(section))).numpy()       # (4, 4, n, n)
     r = gene_correlations(normalize(section, panel), predict(model, section)).r.mean()
     np.savez_compressed(results/'real_attention.npz', maps=maps.astype(np.float16), spots=np.array(section.obs_names, dtype=str),
                         run=json.dumps(provenance('tools/real_attention.py', start, mean_r=round(r, 4), first_loss=losses[0], last_loss=losses[-1])))

@@ -20,10 +20,11 @@ from histogene_nb.patches import dense_grid
 from histogene_nb.position import fit_grid
 from histogene_nb.files import whole_file, data_folder
 from histogene_nb.sections import read_her2st, released_sections, section_name
-from histogene_nb.superres import predict_dense, predict_superres, recover_spots, section_mask
+from histogene_nb.superres import places, predict_dense, predict_superres, recover_spots, section_mask
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.devices import drawn_from
-from histogene_nb.training import fit, predict, predicted_section, run_model, training_example
+from histogene_nb.training import fit, training_example
+from histogene_nb.interface import predict, predicted_section, run_model
 
 results = Path(histogene_nb.__file__).parent/'results'/'switches'
 KINDS = dict(synthetic=dict(training=['X1', 'Y1', 'Y3', 'Z1'], test=['X2', 'Y2'], seeds=range(5), base=dict(epochs=60, lr=3e-3, dim=64, depth=2, heads=4), parts=20, leave_out=[]),
@@ -71,7 +72,7 @@ def other_stars(model, section, parts, kept):
     box[y0:y1 + 1, x0:x1 + 1] = True
     centres, _ = dense_grid(mask, scale, d, 4)
     shared = np.clip(.75*d - np.abs(spots[:, None] - centres), 0, d/2).prod(-1)                     # (n, patches): of a spot with the middle quarter of a patch
-    X = run_model(model, *model.inputs(section, centres, grid, kept))
+    X = run_model(model, model.look(places(section, centres, grid, 4), kept))
     return {'released index': recover_spots(predict_dense(model, section, 4, released_index(section, parts), mask, scale, cache=kept), section),
             'bounding box': recover_spots(predict_dense(model, section, 4, grid, box, scale, cache=kept), section),
             'not averaged': predicted_section(model, section, (shared/shared.sum(1, keepdims=True) @ X).astype(np.float32), 'HisToGene*')}
