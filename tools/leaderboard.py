@@ -1,7 +1,8 @@
 """The leaderboard of the five real sections: every method through the same cross-validation; its tables go into the package.
 
     HISTOGENE_DATA=... python tools/leaderboard.py runs         every method, three seeds where chance has a part
-    HISTOGENE_DATA=... python tools/leaderboard.py runs fast    all but HisToGene and ST-Net
+    HISTOGENE_DATA=... python tools/leaderboard.py runs fast    all but HisToGene, ST-Net and the small CNN
+    HISTOGENE_DATA=... python tools/leaderboard.py runs own     the small CNN of the page on your own model
     HISTOGENE_DATA=... python tools/leaderboard.py runs 1 2     HisToGene and ST-Net alone, with these seeds
 
 Sections and patients are left out in turn. `runs` keeps predictions; folds that are there already are not done again.
@@ -18,10 +19,12 @@ from histogene_nb.crossval import baselines, cross_validate, finished_folds, fol
 from histogene_nb.expression import read_panel
 from histogene_nb.files import data_folder
 from histogene_nb.sections import her2st_catalogue, read_her2st
+from histogene_nb.small_cnn import SmallCNN
 
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 slow = {'HisToGene': histogene, 'ST-Net': partial(spot_model, kind='ST-Net', backbone='efficientnet_lite0', patch_size=112)}
+own = {'small CNN': partial(spot_model, kind=SmallCNN, epochs=100, lr=1e-3)}        # as chosen before any of these sections was looked at
 once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture, use_array=False, members=0), 'texture without transformers': partial(texture, members=0)}
 
 @cache
@@ -61,15 +64,16 @@ def main(folder, *parts):
     panel = read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
     named = lambda methods: {k: partial(m, label=k) if k.startswith('texture') else m for k,m in methods.items()}
     run = partial(cross_validate, read, catalogue, out=out, by=('section', 'patient'), panel=panel, cache=out/'patches', command='tools/leaderboard.py')
-    for part in parts or ('fast', 0, 1, 2):
+    for part in parts or ('fast', 'own', 0, 1, 2):
         if part == 'fast':
             run(named(fast), seeds=(0, 1, 2))
             run(named(once))
+        elif part == 'own': run(own, seeds=(0, 1, 2))
         else: run(slow, seeds=(int(part),), ray='local', cores=1)
         write(out)
     print(provenance('tools/leaderboard.py', start))
 
 if __name__ == '__main__':
     folder, *parts = sys.argv[1:] or sys.exit(__doc__)
-    if wrong := [p for p in parts if p != 'fast' and not p.isdecimal()]: sys.exit(f'{", ".join(wrong)}: a part is fast, or the number of a seed.\n\n{__doc__}')
+    if wrong := [p for p in parts if p not in ('fast', 'own') and not p.isdecimal()]: sys.exit(f'{", ".join(wrong)}: a part is fast, own, or the number of a seed.\n\n{__doc__}')
     main(folder, *parts)
