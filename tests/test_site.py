@@ -71,7 +71,7 @@ def test_api(site):
     "An exported function has an entry with a table of its parameters, and its code."
     html = (site/'library/sections.html').read_text(encoding='utf-8')
     entry = html[html.index('id="read_her2st"'):]
-    assert '<th scope="col">Parameter</th>' in entry and '<th scope="row"><code>folder</code></th>' in entry and 'Exported source' in entry
+    assert '<th scope="col">Parameter</th>' in entry and '<th scope="row"><code>root</code></th>' in entry and 'Exported source' in entry
     assert not [p.name for p in (site/'library').glob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
 
 def test_what_is_folded(site):
