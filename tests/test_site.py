@@ -80,6 +80,19 @@ def test_what_is_folded(site):
     assert all(bool(is_open) == (summary == 'Exported source') for is_open,summary in folds)
     assert ('', 'Exported source: _counts_in_X, _settle, _read_h5ad') in folds and not [s for _,s in folds if re.search(r'[:,] ([^_]|$)', s)]
 
+def test_glossary(site):
+    "Each word is a link's target and is listed on top, in order; each leads to a page that explains it; references have addresses"
+    text = ''.join(c['source'] + '\n\n' for c in cells(root/'nbs'/'glossary.ipynb', 'markdown'))
+    entries, references = text.split('## References')
+    listed = [(w, a) for w,a in re.findall(r'\[([^\]]+)\]\((#[^)]+)\)', ' '.join(entries.partition('\n## ')[0].split()))]
+    explained = dict(re.findall(r'^### (.+)\n\n((?:.+\n)+)', entries, re.M))
+    assert [w for w,_ in listed] == sorted(explained, key=str.lower) and len({a for _,a in listed}) == len(listed) > 40
+    assert not [w for w,said in explained.items() if not re.search(r'\]\(\w+/\w+\.ipynb\)$', said.rstrip())]
+    html = (site/'glossary.html').read_text(encoding='utf-8')
+    assert [w for w,a in listed if re.sub(r'<.*?>', '', re.search(rf'<h3[^>]* id="{a[1:]}".*?</h3>', html)[0]).replace('&amp;', '&') != w.replace('\\', '')] == []
+    items = re.findall(r'^- (?:.+\n)(?:  .+\n)*', references, re.M)
+    assert len(items) > 10 and all(re.search(r'\]\(https://(doi\.org/10\.|arxiv\.org/abs/)', i) for i in items)
+
 def test_skip_link(site):
     "The first thing that the keyboard reaches on each page is a link past navigation, to the text."
     for path in notebooks():
