@@ -1,5 +1,6 @@
 """The site that `make docs` builds: complete, and readable without a network from any folder."""
 import json, re
+from html import unescape
 import pytest, yaml
 from build_site import listed, table, with_scopes
 from check_site import Page, check_site
@@ -88,8 +89,9 @@ def test_glossary(site):
     explained = dict(re.findall(r'^### (.+)\n\n((?:.+\n)+)', entries, re.M))
     assert [w for w,_ in listed] == sorted(explained, key=str.lower) and len({a for _,a in listed}) == len(listed) > 40
     assert not [w for w,said in explained.items() if not re.search(r'\]\(\w+/\w+\.ipynb\)$', said.rstrip())]
-    html = (site/'glossary.html').read_text(encoding='utf-8')
-    assert [w for w,a in listed if re.sub(r'<.*?>', '', re.search(rf'<h3[^>]* id="{a[1:]}".*?</h3>', html)[0]).replace('&amp;', '&') != w.replace('\\', '')] == []
+    html = unescape((site/'glossary.html').read_text(encoding='utf-8')).replace('’', "'")
+    headings = dict(re.findall(r'<h3[^>]* data-anchor-id="([^"]+)"[^>]*>(.*?)</h3>', html))
+    assert all(headings[a[1:]] == w.replace('\\', '') and f'id="{a[1:]}"' in html for w,a in listed)
     items = re.findall(r'^- (?:.+\n)(?:  .+\n)*', references, re.M)
     assert len(items) > 10 and all(re.search(r'\]\(https://(doi\.org/10\.|arxiv\.org/abs/)', i) for i in items)
 
