@@ -148,9 +148,9 @@ def rank_genes(correlations:dict, # section name -> DataFrame from `gene_correla
     """Genes ranked by the mean of -log10 p over sections (paper: Figure 3, supplementary tables 1 to 3).
     n_sections counts those where r exists; the others add 0 to that mean and nothing to mean_r"""
     if not correlations: raise InputError('no sections to rank genes over: give {section name: correlations}')
-    r,p,nlp = (pd.DataFrame({s: c[k] for s,c in correlations.items()})           # (genes, sections) each
+    r,p,nlp = (pd.DataFrame({s: c[k] for s,c in correlations.items()})  # (genes, sections) each
                for k in ('r', 'p', 'neg_log10_p'))
-    signed = np.where(r.isna(), -np.inf, np.where(r>0, nlp, r))       # smallest p, then the least negative r
+    signed = np.where(r.isna(), -np.inf, np.where(r>0, nlp, r))  # smallest p, then the least negative r
     best,rows,ok = signed.argmax(axis=1), np.arange(len(r)), r.notna().any(axis=1)
     df = pd.DataFrame(dict(mean_neg_log10_p=nlp.fillna(0).mean(axis=1), mean_r=r.mean(axis=1),
         n_sections=r.notna().sum(axis=1), best_section=r.columns[best].where(ok, None),
@@ -180,7 +180,7 @@ def enrich_pathways(
 # %% ../nbs/library/09_evaluation.ipynb #12ce4a95
 def _gene_sets(sets):
     "Gene sets as a dictionary, from a dictionary, a GMT file or a library's name"
-    import gseapy                                         # takes seconds, and only pathways need it
+    import gseapy  # takes seconds, and only pathways need it
     if isinstance(sets, dict): return sets
     if Path(sets).is_file():
         with reading(Path(sets), 'gene sets'): return gseapy.read_gmt(str(sets))
@@ -218,7 +218,7 @@ def cluster_spots(adata:ad.AnnData, # expression (n, panel), observed or predict
     if (distinct := len(np.unique(X, axis=0)))<k: raise InputError(
         f'{k} clusters asked for, but the spots have only {distinct} different expression profiles '
         '(is the prediction constant?)')
-    from sklearn.cluster import KMeans                    # takes a second, and only this needs it
+    from sklearn.cluster import KMeans  # takes a second, and only this needs it
     found = KMeans(k, n_init=10, random_state=seed).fit_predict(X)
     order = np.argsort(-np.bincount(found, minlength=k), kind='stable')
     names = np.argsort(order)[found].astype(str)

@@ -27,9 +27,9 @@ def normalize(
     "A section's expression on the scale to predict (paper: Data preprocessing; or released code)"
     _check_panel(section, panel, method)
     how, out = SCALES[method], section[:, panel].copy()
-    counts = out.X.toarray() if sparse.issparse(out.X) else np.asarray(out.X)               # (n, panel)
+    counts = out.X.toarray() if sparse.issparse(out.X) else np.asarray(out.X)  # (n, panel)
     counted = section if how['total'] == 'all genes' else out
-    total = np.asarray(counted.X.sum(1), dtype=np.float64).reshape(-1, 1)                   # (n, 1)
+    total = np.asarray(counted.X.sum(1), dtype=np.float64).reshape(-1, 1)      # (n, 1)
     out.X = how['log'](counts/np.maximum(total, 1)*how['target']).astype(np.float32)
     out.uns['histogene'] = {**section.uns['histogene'], 'normalization': method, 'unit': how['unit'],
                             'n_empty_spots': int((total == 0).sum())}
@@ -64,7 +64,7 @@ def variable_genes(
     n_top:int=1000, # how many
 )->list: # gene symbols
     "The section's most variable genes: scanpy's default flavour on ln(CPM + 1)"
-    import scanpy as sc                                    # a second and 0.1 GB, and only this needs it
+    import scanpy as sc             # a second and 0.1 GB, and only this needs it
     if not (isinstance(n_top, (int, np.integer)) and n_top >= 1): raise InputError(
         f'How many variable genes to take (n_top) must be a whole number, 1 or more, not {n_top}.')
     name = next(iter(section.uns.get('spatial', {})), 'This section')
@@ -73,7 +73,7 @@ def variable_genes(
     logged = AnnData(section.X.astype(np.float32), var=section.var[[]].copy())
     threads = torch.get_num_threads()
     sc.pp.normalize_total(logged, target_sum=1e6)
-    torch.set_num_threads(threads)                         # numba, in scanpy, sets OpenMP's number for torch
+    torch.set_num_threads(threads)  # numba, in scanpy, sets OpenMP's number for torch
     sc.pp.log1p(logged)
     try: found = sc.pp.highly_variable_genes(logged, n_top_genes=min(n_top, section.n_vars), inplace=False)
     except IndexError as e: raise InputError(

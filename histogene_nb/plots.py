@@ -138,7 +138,7 @@ def plot_boxes(results:dict, # method -> {section name -> DataFrame from `gene_c
     if ax is None:
         width = max(4.5, .32*len(names)*len(results)+1.5)
         ax = plt.subplots(figsize=(width, 3+.22*len(results)), layout='constrained')[1]
-    import seaborn as sns                                 # takes a second, and only this needs it
+    import seaborn as sns  # takes a second, and only this needs it
     r = pd.concat([c[['r']].assign(method=m, section=s) for m,by in results.items() for s,c in by.items()],
                   ignore_index=True)
     palette = {m: _method_color(m, results) for m in results}

@@ -18,7 +18,7 @@ def grid_positions(
     n_pos:int=64, # rows of the position embedding
 )->torch.Tensor: # long (n, 2): (x, y) indices
     "Indices of the spots on their array (paper: Encoding of histology image and position features)"
-    at = np.ascontiguousarray(section.obs[['array_col', 'array_row']], dtype=np.int64)      # (n, 2)
+    at = np.ascontiguousarray(section.obs[['array_col', 'array_row']], dtype=np.int64)  # (n, 2)
     positions = torch.from_numpy(at)
     check_positions(positions, n_pos, section_name(section))
     return positions
@@ -45,11 +45,11 @@ def fit_grid(
     "The map from pixels to array indices, by least squares over a section's spots"
     name = section_name(section)
     d = section.uns['spatial'][name]['scalefactors']['spot_diameter_fullres']
-    xy1 = np.c_[section.obsm['spatial']/d, np.ones(len(section))]                           # (n, 3)
+    xy1 = np.c_[section.obsm['spatial']/d, np.ones(len(section))]                 # (n, 3)
     if np.linalg.matrix_rank(xy1) < 3: raise InputError(
         f'{name}: its {len(section)} spots lie on one line or point, so pixels cannot be mapped to the '
         'array. Give a section with spots in two dimensions.')
-    indices = section.obs[['array_col', 'array_row']].to_numpy(dtype=np.float64)            # (n, 2)
+    indices = section.obs[['array_col', 'array_row']].to_numpy(dtype=np.float64)  # (n, 2)
     return np.linalg.lstsq(xy1, indices, rcond=None)[0]
 
 # %% ../nbs/library/04_position.ipynb #a6ecdab6
@@ -63,7 +63,7 @@ def pixel_positions(
     """Indices for patches anywhere on an image: the array position nearest to each, on the scale of training.
 
     Tissue reaches past the outermost spots: one step beyond the array counts as its edge."""
-    indices = np.c_[np.asarray(centres)/diameter, np.ones(len(centres))] @ grid             # (n, 2)
+    indices = np.c_[np.asarray(centres)/diameter, np.ones(len(centres))] @ grid  # (n, 2)
     positions = torch.as_tensor(np.rint(indices).astype(np.int64))
     positions[positions == -1], positions[positions == n_pos] = 0, n_pos - 1
     check_positions(positions, n_pos, what)
@@ -82,7 +82,7 @@ def another_array(
 )->bool: # by a factor of 1.5 or more: in the HER2+ data patient A's steps are a quarter shorter
     "Whether a step of the index is a different distance on a section's array from that in training"
     in_a_plane = np.linalg.matrix_rank(np.c_[section.obsm['spatial'], np.ones(len(section))]) == 3
-    if trained is None or not in_a_plane: return False                         # spots on one line cannot tell
+    if trained is None or not in_a_plane: return False  # spots on one line cannot tell
     with np.errstate(divide='ignore', invalid='ignore'):
         ratio = array_steps(fit_grid(section))/array_steps(trained)
     return not ((ratio > 1/1.5) & (ratio < 1.5)).all()

@@ -56,7 +56,7 @@ def _part(part):
         return dict(kind='figure', it=base64.b64encode(png.getvalue()).decode())
     if isinstance(part, pd.Series): part = part.to_frame()
     if isinstance(part, pd.DataFrame):
-        table = part.to_html(border=0, float_format='{:.3g}'.format, na_rep='none')       # escapes its cells
+        table = part.to_html(border=0, float_format='{:.3g}'.format, na_rep='none')  # escapes its cells
         return dict(kind='table', it=table)
     return dict(kind='text', it=str(part))
 
