@@ -8,7 +8,6 @@ __all__ = ['attention', 'MultiHeadAttention', 'attention_weights']
 # %% ../nbs/library/05_attention.ipynb #255b1c0a
 import torch
 from torch import nn, Tensor
-from .devices import attend
 
 # %% ../nbs/library/05_attention.ipynb #12943cc0
 def attention(
@@ -17,8 +16,12 @@ def attention(
     v:Tensor, # (..., N, d_v) values of all spots
 )->tuple: # output (..., T, d_v), attention map (..., T, N) whose rows add up to 1
     "Scaled dot-product attention, written out (paper: Multi-Head Attention layers)"
-    weights = (q @ k.transpose(-2, -1) * q.shape[-1]**-.5).softmax(-1)       # (..., T, N)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1]**-.5                      # (..., T, N)
+    weights = scores.softmax(-1)                                             # (..., T, N)
     return weights @ v, weights
+
+# %% ../nbs/library/05_attention.ipynb #2f8f8df9
+from .devices import attend  # attention(q, k, v)[0], without the matrix
 
 # %% ../nbs/library/05_attention.ipynb #cae0d451
 class MultiHeadAttention(nn.Module):
@@ -31,8 +34,8 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         if dim % heads: raise ValueError(f'dim ({dim}) must be a multiple of heads ({heads}).')
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3*dim, bias=False)                          # W^Q, W^K and W^V of all heads
-        self.out = nn.Linear(dim, dim)                                        # W_0
+        self.qkv = nn.Linear(dim, 3*dim, bias=False)                   # W^Q, W^K and W^V of all heads
+        self.out = nn.Linear(dim, dim)                                 # W_0
         self.dropout = nn.Dropout(dropout)
 
     def split(self,
@@ -45,8 +48,8 @@ class MultiHeadAttention(nn.Module):
         x:Tensor, # (b, N, dim)
     )->Tensor: # (b, N, dim)
         "What each spot takes up from all others"
-        out = attend(*self.split(x))                                          # (b, heads, N, dim/heads)
-        return self.dropout(self.out(out.transpose(1, 2).flatten(2)))
+        out = attend(*self.split(x))                                   # (b, heads, N, dim/heads)
+        return self.dropout(self.out(out.transpose(1, 2).flatten(2)))  # heads side by side, W_0
 
 # %% ../nbs/library/05_attention.ipynb #a7f9f4c3
 @torch.no_grad()
@@ -56,5 +59,5 @@ def attention_weights(
     targets:Tensor, # (T,) indices of the target spots
 )->Tensor: # (heads, T, N): each row adds up to 1
     "Attention weights of selected target spots only (paper: figure 5)"
-    q, k, _ = layer.split(x[None])                                            # (1, heads, N, d_k)
+    q, k, _ = layer.split(x[None])  # (1, heads, N, d_k)
     return attention(q[0][:, targets], k[0], k[0])[1]
