@@ -253,7 +253,7 @@ def histogene_plot(
     if len(names := {section_name(f) for f in found}) > 1: raise InputError(f'These are predictions of different sections, {" and ".join(sorted(names))}. Give those of one section.')
     shown = list(first.var_names)
     measured = None if section is None else read_section(section, root=root)
-    from histogene_nb import evaluation as ev
+    from histogene_nb import evaluation as ev, plots
     from histogene_nb.expression import normalize
     if measured is not None:
         shown = [g for g in shown if g in measured.var_names]
@@ -272,7 +272,7 @@ def histogene_plot(
     fig, axes = plt.subplots(len(genes), 1 + len(maps), figsize=(3*(1 + len(maps)), 2.7*len(genes)), layout='constrained', squeeze=False)
     scale, picture = info['scalefactors']['tissue_hires_scalef'], info['images']['hires']
     for row,gene in zip(axes, genes):
-        for ax,a in zip(row[1:], maps.values()): ev.plot_gene(a, gene, ax=ax, title='')
+        for ax,a in zip(row[1:], maps.values()): plots.plot_gene(a, gene, ax=ax, title='')
         row[0].imshow(picture, extent=(0, picture.shape[1]/scale, picture.shape[0]/scale, 0))
         row[0].set(xticks=[], yticks=[], xlim=row[-1].get_xlim(), ylim=row[-1].get_ylim())
         row[0].set_ylabel(gene, style='italic', fontsize=12)
@@ -323,7 +323,7 @@ def histogene_demo(
 def _demo_report(path, held_out, observed, methods, dense, correlations, table, losses, made_by):
     "The demo's report: what was learned, drawn"
     import matplotlib.pyplot as plt
-    from histogene_nb import evaluation as ev
+    from histogene_nb import plots, report
     from histogene_nb.sections import add_hires, section_name
     from histogene_nb.training import plot_losses
     name, r = section_name(held_out), table.mean_r.astype(float)
@@ -331,16 +331,16 @@ def _demo_report(path, held_out, observed, methods, dense, correlations, table, 
     add_hires(held_out)
     tissue, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     axes[0].imshow(held_out.uns['spatial'][name]['images']['hires']); axes[0].set(title='the image, all that the model sees', xticks=[], yticks=[])
-    ev.plot_clusters(held_out, held_out.obs.annotation, ax=axes[1], title="the pathologist's labels", size=1.6)
-    maps = ev.plot_genes(observed, {'HisToGene': methods['HisToGene'], 'HisToGene_SR': dense, 'position only': methods['position only']}, list(best), size=1.6)
+    plots.plot_clusters(held_out, held_out.obs.annotation, ax=axes[1], title="the pathologist's labels", size=1.6)
+    maps = plots.plot_genes(observed, {'HisToGene': methods['HisToGene'], 'HisToGene_SR': dense, 'position only': methods['position only']}, list(best), size=1.6)
     boxes, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    ev.plot_boxes({m: {name: c} for m,c in correlations.items()}, ax=axes[0]); plot_losses(losses, ax=axes[1])
+    plots.plot_boxes({m: {name: c} for m,c in correlations.items()}, ax=axes[0]); plot_losses(losses, ax=axes[1])
     axes[1].set_title('training'); boxes.tight_layout()
     texts = {'What this is': f'HisToGene was trained on five sections of synthetic tissue and predicted section {name}, which it never saw, from its image. '
              f'Mean r over {observed.n_vars} genes between observed and predicted expression: HisToGene {r["HisToGene"]:.3f}; position on the array alone {r["position only"]:.3f}.',
              'The held-out section': f'{len(held_out)} spots. Labels belong to the synthetic tissue; the model sees only the image.',
              'Held-out maps': 'The four genes predicted best. HisToGene_SR is the prediction at four times the resolution of a patch.'}
-    page = ev.html_report(path, f'HisToGene on synthetic tissue: section {name}', figures={'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes},
+    page = report.html_report(path, f'HisToGene on synthetic tissue: section {name}', figures={'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes},
                           tables={'How well': table[['mean_r', 'median_r', 'n_ok', 'n_constant']].astype(float).round(3)}, texts=texts, provenance=made_by)
     for fig in (tissue, maps, boxes): plt.close(fig)
     return page

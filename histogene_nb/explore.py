@@ -17,7 +17,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from IPython.display import HTML
 from PIL import Image
-from .evaluation import expression_unit, tile
+from .plots import expression_unit, tile
 from .files import InputError
 from .sections import section_name
 

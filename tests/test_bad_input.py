@@ -10,7 +10,7 @@ from conftest import wait_for
 from histogene_nb.commands import histogene_predict, histogene_train
 from histogene_nb.crossval import write_h5ad
 from histogene_nb.cscc import read_cscc
-from histogene_nb.evaluation import html_report
+from histogene_nb.report import html_report
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel, variable_genes
 from histogene_nb.model import HisToGene
 from histogene_nb.interface import from_pretrained, save_pretrained, predict, run_model
