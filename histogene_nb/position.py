@@ -10,7 +10,7 @@ __all__ = ['check_positions', 'grid_positions', 'fit_grid', 'pixel_positions', '
 import numpy as np, torch
 from anndata import AnnData
 from .files import InputError
-from .sections import section_name
+from .sections import place, section_name
 
 # %% ../nbs/library/04_position.ipynb #32e3add0
 def check_positions(
@@ -40,12 +40,13 @@ def fit_grid(
     section:AnnData, # spots with pixel centres and array indices
 )->np.ndarray: # (3, 2) `G`: indices = [x/d, y/d, 1] @ G, with pixels in units of the spot diameter d
     "The map from pixels to array indices, by least squares over a section's spots"
-    name = section_name(section)
-    d = section.uns['spatial'][name]['scalefactors']['spot_diameter_fullres']
-    xy1 = np.c_[section.obsm['spatial']/d, np.ones(len(section))]
+    at = place(section)
+    xy1 = np.c_[section.obsm['spatial']/at.diameter, np.ones(len(section))]
     if np.linalg.matrix_rank(xy1) < 3:
-        raise InputError(f'{name}: its {len(section)} spots lie on one line or point, so pixels cannot be mapped to the array. Give a section with spots in two dimensions.')
-    return np.linalg.lstsq(xy1, section.obs[['array_col', 'array_row']].to_numpy(dtype=np.float64), rcond=None)[0]
+        raise InputError(f'{at.name}: its {len(section)} spots lie on one line or point, so pixels cannot be mapped '
+                         'to the array. Give a section with spots in two dimensions.')
+    indices = section.obs[['array_col', 'array_row']].to_numpy(dtype=np.float64)
+    return np.linalg.lstsq(xy1, indices, rcond=None)[0]
 
 # %% ../nbs/library/04_position.ipynb #a6ecdab6
 def pixel_positions(
@@ -86,8 +87,8 @@ def model_grid(
 )->np.ndarray: # (3, 2), for `pixel_positions`
     "The map from a section's pixels to positions as a model was trained with them"
     if not another_array(section, trained): return fit_grid(section)
-    steps, d = np.asarray(trained)[:2], section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
-    return np.r_[steps, -(section.obsm['spatial']/d @ steps).min(0, keepdims=True)]
+    steps = np.asarray(trained)[:2]
+    return np.r_[steps, -(section.obsm['spatial']/place(section).diameter @ steps).min(0, keepdims=True)]
 
 def spot_positions(
     section:AnnData, # to predict
@@ -96,5 +97,5 @@ def spot_positions(
 )->torch.Tensor: # long (n, 2): (x, y) indices
     "Indices of a section's spots for a model: those of its array or, on another kind of array, of the spots' places"
     if not another_array(section, trained): return grid_positions(section, n_pos)
-    d = section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
-    return pixel_positions(section.obsm['spatial'], d, model_grid(section, trained), n_pos, section_name(section))
+    at = place(section)
+    return pixel_positions(section.obsm['spatial'], at.diameter, model_grid(section, trained), n_pos, at.name)

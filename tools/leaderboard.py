@@ -17,7 +17,7 @@ from histogene_nb.commands import reader
 from histogene_nb.crossval import baselines, cross_validate, finished_folds, fold_name, histogene, mean_measures, provenance, ridges, stnet, texture
 from histogene_nb.expression import read_panel
 from histogene_nb.files import data_folder
-from histogene_nb.sections import her2st_catalogue, read_her2st
+from histogene_nb.her2st import her2st_catalogue, read_her2st
 
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']

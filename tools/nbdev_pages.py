@@ -17,9 +17,10 @@ def show_source(cell):
 
 
 def fold_private(cell):
-    "Code that defines nothing but private names stays folded, under their names, until a reader asks for it"
+    "Code that defines nothing but private names, or says `#| fold`, stays folded, under its names, until a reader asks for it"
     names = re.findall(r'^(?:async )?(?:def|class) +(\w+)', cell.source, re.M)
-    if cell.cell_type == 'code' and 'exports' in cell.directives_ and names and all(n.startswith('_') for n in names):
+    if cell.cell_type != 'code' or 'exports' not in cell.directives_ or not names: return
+    if 'fold' in cell.directives_ or all(n.startswith('_') for n in names):
         cell.source = cell.source.replace('#| code-fold: show\n#| code-summary: "Exported source"', f'#| code-fold: true\n#| code-summary: "Exported source: {", ".join(names)}"', 1)
 
 
