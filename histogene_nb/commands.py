@@ -69,7 +69,7 @@ def histogene_download(
     "Download HER2+ breast cancer sections, or the cSCC series"
     if list(sections or ()) != ['cscc']: published_sections(sections or ())
     from histogene_nb.cscc import download_cscc
-    from histogene_nb.sections import download_her2st
+    from histogene_nb.her2st import download_her2st
     if list(sections or ()) == ['cscc']: print('cSCC data in', download_cscc(root, None, images))
     else: print('HER2+ data in', download_her2st(root, sections or None, images))
 
@@ -180,7 +180,8 @@ def histogene_predict(
     model_files(model)
     if section is not None: _look_for(section, root)
     from histogene_nb.readers import read_section
-    from histogene_nb.sections import add_hires, image_mpp, section_name
+    from histogene_nb.images import image_mpp
+    from histogene_nb.sections import add_hires, section_name
     measured, mpp = (read_section(section, root=root), None) if image is None else (None, image_mpp(image))
     from histogene_nb import evaluation as ev
     from histogene_nb.crossval import provenance, write_h5ad
@@ -359,7 +360,8 @@ def reader(
     import pandas as pd
     from histogene_nb.cscc import cscc_catalogue
     from histogene_nb.readers import read_section
-    from histogene_nb.sections import released_sections, section_name
+    from histogene_nb.her2st import released_sections
+    from histogene_nb.sections import section_name
     if list(sections or ()) == ['synthetic']:
         from histogene_nb.tissue import synthetic_section
         made = {}

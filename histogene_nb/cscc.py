@@ -13,7 +13,8 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
 from .files import InputError, whole_file
-from .sections import check_counts, find_file, join_counts, new_section, section_name
+from .her2st import find_file, join_counts
+from .sections import check_counts, new_section, place
 
 # %% ../nbs/library/13_cscc.ipynb #d167c753
 def cscc_catalogue(
@@ -40,14 +41,18 @@ def write_cscc(
     check_counts(section)
     x, y, (px, py) = section.obs.array_col, section.obs.array_row, section.obsm['spatial'].T
     beside = [f'{x.max() + 1 + i}x{y.max() + 1}' for i in range(background)]
-    counts = sparse.vstack([sparse.csr_matrix(section.X), sparse.csr_matrix((background, section.n_vars))]).toarray().astype(int)
-    table = pd.DataFrame(counts, [f'{i}x{j}' for i,j in zip(x, y)] + beside, section.var_names).rename_axis(None, axis=1)
+    none = sparse.csr_matrix((background, section.n_vars))
+    counts = sparse.vstack([sparse.csr_matrix(section.X), none]).toarray().astype(int)
+    ids = [f'{i}x{j}' for i,j in zip(x, y)] + beside
+    table = pd.DataFrame(counts, ids, section.var_names).rename_axis(None, axis=1)
     spots = pd.DataFrame(dict(x=x, y=y, new_x=x, new_y=y, pixel_x=px, pixel_y=py))
-    for t,file,kw in ((table, f'{sample}_{name}_stdata.tsv', {}), (spots, f'{sample}_spot_data-selection-{name}.tsv', dict(index=False))):
+    files = ((table, f'{sample}_{name}_stdata.tsv', {}),
+             (spots, f'{sample}_spot_data-selection-{name}.tsv', dict(index=False)))
+    for t,file,kw in files:
         with whole_file(root/file) as part: t.to_csv(part, sep='\t', lineterminator='\n', **kw)
-    image = section.uns['spatial'][section_name(section)]['metadata'].get('source_image_path')
-    if image is None: raise InputError(f'{section_name(section)}: this layout has an image, and the section has none.')
-    with whole_file(root/f'{sample}_{name}.jpg') as part: shutil.copyfile(image, part)
+    at = place(section)
+    if at.path is None: raise InputError(f'{at.name}: this layout has an image, and the section has none.')
+    with whole_file(root/f'{sample}_{name}.jpg') as part: shutil.copyfile(at.path, part)
     return root
 
 # %% ../nbs/library/13_cscc.ipynb #61005825

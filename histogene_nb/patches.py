@@ -17,7 +17,8 @@ from scipy import ndimage
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 from .files import InputError, whole_file
-from .sections import as_rgb, decoding, open_image, section_name
+from .images import as_rgb, decoding, open_image
+from .sections import place
 
 # %% ../nbs/library/02_patches.ipynb #45a8c722
 def _window(image, x, y, side, size):
@@ -72,16 +73,17 @@ def cache_file(
     how, # all else that the kept numbers depend on, such as the side of the window
 )->Path: # in that folder
     "Where something computed from an image is kept: a name that no other image, place or setting shares"
-    key, info = hashlib.blake2b(digest_size=16), section.uns['spatial'][section_name(section)]
-    if path := info['metadata'].get('source_image_path'):
-        with open(path, 'rb') as f:
+    key, at = hashlib.blake2b(digest_size=16), place(section)
+    if at.path:
+        with open(at.path, 'rb') as f:
             while chunk := f.read(1 << 24): key.update(chunk)
-        with open_image(path) as image: key.update(getattr(image, 'key', '').encode())         # a slide may be in more files than this one
-    else: key.update(np.ascontiguousarray(info['images']['hires']))
+        with open_image(at.path) as image: key.update(getattr(image, 'key', '').encode())  # of a slide's other files
+    else: key.update(np.ascontiguousarray(at.images['hires']))
     key.update(np.ascontiguousarray(np.floor(centres), dtype=np.int64).tobytes())
     key.update(f'patches v1 {size} {how}'.encode())
     return Path(cache)/f'{key.hexdigest()}.npy'
 
+# %% ../nbs/library/02_patches.ipynb #87e824f0
 def save_array(
     file:Path, # written whole or not at all
     array:np.ndarray, # of any shape
@@ -95,39 +97,42 @@ def read_array(
     file:Path, # from `save_array`
     shape:tuple, # that the array should have
     dtype:type, # and its type
-)->torch.Tensor|None: # mapped from the file; None where there is none, or it is damaged or of another shape: then it is made again
+)->torch.Tensor|None: # mapped from the file; None where there is none, or one damaged or of another shape
     "A kept array"
     if not file.is_file(): return None
     try: found = np.load(file, mmap_mode='c', allow_pickle=False)
-    except Exception: return None                                             # a damaged header can raise any kind of error
+    except Exception: return None                                   # a damaged header can raise any kind of error
     if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous: return None
     left, checksum = found.nbytes, hashlib.blake2b(digest_size=16)
     with open(file, 'rb') as f:
         f.seek(found.offset)
         while left and (chunk := f.read(min(left, 1 << 24))): checksum.update(chunk); left -= len(chunk)
         kept = f.read()
-    return torch.from_numpy(found) if kept in (b'', checksum.digest()) else None     # files of older versions have none
+    return torch.from_numpy(found) if kept in (b'', checksum.digest()) else None        # older versions' have none
 
 def _read_cached(file, n, size): return read_array(file, (n, 3, size, size), np.uint8)
 
 # %% ../nbs/library/02_patches.ipynb #1c3725d6
 @contextmanager
 def section_image(
-    section:AnnData, # with the path of its image, or a picture embedded in its own pixels, as `read_section` leaves it
+    section:AnnData, # with the path of its image, or a picture in its own pixels, as `read_section` leaves it
 ): # an open image, of the size that it had when the section was made
     "The image that a section's patches are cut from: its file, or the picture that it carries"
-    name = section_name(section)
-    info = section.uns['spatial'][name]
-    path, metadata = info['metadata'].get('source_image_path'), info['metadata']
-    embedded = path is None and info['scalefactors'].get('tissue_hires_scalef') == 1 and 'hires' in info['images']
-    if not embedded:
-        if path is None: raise InputError(f'{name}: this section has no image, so no patch can be cut. Put its image in place and read the section again.')
-        if not Path(path).is_file(): raise InputError(f'{path}: the image of section {name} is not there any more. Put it back, or read the section again.')
-    with Image.fromarray(info['images']['hires']) if embedded else open_image(path) as image:
-        was = tuple(metadata.setdefault(k, s) for k,s in zip(('image_width', 'image_height'), image.size))
+    at = place(section)
+    embedded = at.path is None and at.scalefactors.get('tissue_hires_scalef') == 1 and 'hires' in at.images
+    if at.path is None and not embedded:
+        raise InputError(f'{at.name}: this section has no image, so no patch can be cut. Put its image in place and '
+                         'read the section again.')
+    if at.path is not None and not Path(at.path).is_file():
+        raise InputError(f'{at.path}: the image of section {at.name} is not there any more. Put it back, or read '
+                         'the section again.')
+    with Image.fromarray(at.images['hires']) if embedded else open_image(at.path) as image:
+        sizes = zip(('image_width', 'image_height'), image.size)
+        was = tuple(at.metadata.setdefault(k, s) for k,s in sizes)
         if image.size != was:
-            raise InputError(f'{path}: this image has {image.width} x {image.height} pixels, but section {name} was made with one of {was[0]} x {was[1]}. '
-                             'Put that image back, or make the section again.')
+            raise InputError(f'{at.path}: this image has {image.width} x {image.height} pixels, but section '
+                             f'{at.name} was made with one of {was[0]} x {was[1]}. Put that image back, or make '
+                             'the section again.')
         yield image
 
 # %% ../nbs/library/02_patches.ipynb #e7e9aa3a
@@ -141,20 +146,21 @@ def extract_patches(
     """Patches of a section, each as wide as a spot unless told otherwise (paper: Data preprocessing).
 
     How many of them reached over the image's edge is in `section.uns['histogene']['n_padded']`."""
-    name = section_name(section)
-    info = section.uns['spatial'][name]
-    centres = _checked(section.obsm['spatial'] if centres is None else centres, dict(size=size), name)
-    diameter = info['scalefactors']['spot_diameter_fullres']
-    side = round(width*diameter) if np.isfinite(diameter) else 0
-    if side < 1: raise InputError(f'{name}: the spot diameter is {diameter:g} pixels. Give the width of a spot in full-resolution pixels.')
+    at = place(section)
+    centres = _checked(section.obsm['spatial'] if centres is None else centres, dict(size=size), at.name)
+    side = round(width*at.diameter) if np.isfinite(at.diameter) else 0
+    if side < 1:
+        raise InputError(f'{at.name}: the spot diameter is {at.diameter:g} pixels. Give the width of a spot in '
+                         'full-resolution pixels.')
     with section_image(section) as image:
         file = cache_file(cache, section, centres, size, side) if cache is not None else None
         patches = _read_cached(file, len(centres), size) if file else None
         if patches is None:
-            with decoding(info['metadata'].get('source_image_path', name)): patches, _ = cut_patches(image, centres, size, side)
+            with decoding(at.path or at.name): patches, _ = cut_patches(image, centres, size, side)
             if file: save_array(file, patches.numpy())
         low = np.floor(centres) - side//2
-        section.uns['histogene']['n_padded'] = int(((low < 0).any(1) | (low + side > image.size).any(1)).sum())
+        over = (low < 0).any(1) | (low + side > image.size).any(1)
+        section.uns['histogene']['n_padded'] = int(over.sum())
     return patches
 
 # %% ../nbs/library/02_patches.ipynb #704ee0ce
@@ -204,17 +210,22 @@ def dense_grid(
     diameter:float, # side of a patch in full-resolution pixels
     factor:int=4, # k*k: how many times the spots' resolution
 )->tuple: # patch centres (n, 2) in full-resolution pixels, and their whole-number places (n, 2) on the grid, both (x, y)
-    "Centres of overlapping patches on the tissue, k*k over each sub-patch (paper: Predicting gene expression at super-resolution)"
+    "Overlapping patches, k*k over each sub-patch (paper: Predicting gene expression at super-resolution)"
     k = round(max(factor, 0)**.5)
-    if factor < 1 or k*k != factor: raise InputError(f'A resolution factor is a square (1, 4, 9, 16, 25), not {factor}.')
-    if not 1 <= diameter < np.inf: raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. Give its width in full-resolution pixels.')
+    if factor < 1 or k*k != factor:
+        raise InputError(f'A resolution factor is a square (1, 4, 9, 16, 25), not {factor}.')
+    if not 1 <= diameter < np.inf:
+        raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. Give its width in full-resolution '
+                         'pixels.')
     if not mask.any(): raise InputError('There is no tissue in this image. Look at tissue_mask of its thumbnail.')
     step = diameter/k
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     first = np.array([cols[0], rows[0]])/scale
     n = np.ceil((np.array([cols[-1]+1, rows[-1]+1])/scale - first + diameter/2)/step).astype(int)
-    place = np.stack(np.meshgrid(np.arange(n[0]), np.arange(n[1])), -1).reshape(-1, 2)
-    centres = first + place*step
+    places = np.stack(np.meshgrid(np.arange(n[0]), np.arange(n[1])), -1).reshape(-1, 2)
+    centres = first + places*step
     keep = in_tissue(centres, mask, scale)
-    if not keep.any(): raise InputError(f'No patch of {diameter:g} pixels side by side has its centre on the tissue: all of it is smaller than a patch. Give a smaller diameter, or a higher resolution.')
-    return centres[keep], place[keep]
+    if not keep.any():
+        raise InputError(f'No patch of {diameter:g} pixels side by side has its centre on the tissue: all of it is '
+                         'smaller than a patch. Give a smaller diameter, or a higher resolution.')
+    return centres[keep], places[keep]

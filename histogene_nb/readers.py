@@ -18,7 +18,9 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from .cscc import cscc_catalogue, cscc_folder, read_cscc
 from .files import InputError, data_folder
-from .sections import as_rgb, check_pixels, check_sparse, her2st_catalogue, join_report, max_pixels, new_section, open_image, read_her2st, section_name
+from .her2st import her2st_catalogue, join_report, read_her2st
+from .images import as_rgb, check_pixels, max_pixels, open_image
+from .sections import check_sparse, new_section, place
 
 # %% ../nbs/library/19_readers.ipynb #5784f455
 @contextmanager
@@ -137,21 +139,24 @@ def _visium_image(folder, image, factors):
     return image, image_scale(image, size, small[0][1])
 
 # %% ../nbs/library/19_readers.ipynb #a6dd5c8f
-_NOTES = dict(not_in_tissue='with counts but not in tissue, left out', genes_renamed='genes renamed because another has the same symbol',
-              counts_without_position='with counts but without a position, left out', positions_without_counts='with a position but without counts, left out')
+_NOTES = dict(not_in_tissue='with counts but not in tissue, left out',
+              genes_renamed='genes renamed because another has the same symbol',
+              counts_without_position='with counts but without a position, left out',
+              positions_without_counts='with a position but without counts, left out')
 
 def read_report(
     section:AnnData, # from one of the readers here
 )->str: # one line
     "What was read, what was left out, and the image that patches will be cut from"
-    name, h = section_name(section), section.uns['histogene']
-    info = section.uns['spatial'][name]
-    path, d = info['metadata'].get('source_image_path'), info['scalefactors']['spot_diameter_fullres']
-    image = f'image {Path(path).name}' if path else 'the image in the file' if 'hires' in info['images'] else 'no image'
+    at, h = place(section), section.uns['histogene']
+    image = 'the image in the file' if 'hires' in at.images else 'no image'
+    if at.path: image = f'image {Path(at.path).name}'
     scale = '' if h.get('image_scale', 1.) == 1 else f" at {h['image_scale']:.3g} of full resolution"
-    wide = f'a spot is {d:.4g} pixels wide' + (', taken as half of the distance between spots' if h.get('diameter_guessed') else '')
+    wide = f'a spot is {at.diameter:.4g} pixels wide'
+    if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
-    return '; '.join([join_report(section)] + where + [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)] + [image + scale, wide])
+    notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
+    return '; '.join([join_report(section), *where, *notes, image + scale, wide])
 
 # %% ../nbs/library/19_readers.ipynb #057885d5
 def _folder_name(folder):
@@ -312,65 +317,77 @@ def read_st(
 # %% ../nbs/library/19_readers.ipynb #ed428f43
 def _rescale(section, factor):
     "Positions, diameters and scale factors in the pixels of an image `factor` times as large"
-    h, factors = section.uns['histogene'], section.uns['spatial'][section_name(section)]['scalefactors']
+    h, factors = section.uns['histogene'], place(section).scalefactors
     section.obsm['spatial'] = section.obsm['spatial']*factor
-    for k in factors: factors[k] = factors[k]*factor if k.endswith('_fullres') else factors[k]/factor if k.endswith('_scalef') else factors[k]
+    for k in factors:
+        if k.endswith('_fullres'): factors[k] = factors[k]*factor
+        if k.endswith('_scalef'): factors[k] = factors[k]/factor
     h['image_scale'] = float(h.get('image_scale', 1.)*factor)
 
 def _pixels(image):
     "An embedded image as uint8 in RGB; scanpy keeps them as numbers from 0 to 1"
     image = np.asarray(image)
     if image.dtype.kind == 'f' and image.max() <= 1: image = np.rint(image*255)
-    if not 0 <= image.min() <= image.max() <= 255: raise InputError(f'the embedded image holds values from {image.min():g} to {image.max():g}; they are 0 to 1, or 8-bit numbers.')
+    if not 0 <= image.min() <= image.max() <= 255:
+        raise InputError(f'the embedded image holds values from {image.min():g} to {image.max():g}; they are 0 to 1, '
+                         'or 8-bit numbers.')
     return np.asarray(as_rgb(Image.fromarray(image.astype(np.uint8))))
 
 # %% ../nbs/library/19_readers.ipynb #6b55cf84
-def _known(section):
-    "What a section's file says of its image: images, scalefactors, metadata"
-    info = section.uns['spatial'][section_name(section)]
-    found = [info.setdefault(k, {}) for k in ('images', 'scalefactors', 'metadata')] if isinstance(info, dict) else []
-    if not found or not all(isinstance(f, dict) for f in found): raise InputError(f"uns['spatial']['{section_name(section)}'] does not hold images, scalefactors and metadata, each by name. A section follows the convention of scanpy and squidpy.")
-    return found
-
 def _set_image(section, file, image):
     "Settle which image a section from a file has: one given, the one it names, or the one it carries"
-    images, factors, metadata = _known(section)
-    kind = 'hires' if 'hires' in images else 'lowres'                         # the larger of those that are there
+    _, _, images, factors, metadata, named = place(section)
+    kind = 'hires' if 'hires' in images else 'lowres'               # the larger of those that are there
     small, scale = images.get(kind), factors.get(f'tissue_{kind}_scalef')
     if image:
         for k in ('image_width', 'image_height'): metadata.pop(k, None)
         metadata['source_image_path'] = str(image)
-        return _rescale(section, image_scale(image, np.shape(small)[1::-1], scale) if small is not None and scale else 1.)
-    named = metadata.get('source_image_path')
+        known = small is not None and scale
+        return _rescale(section, image_scale(image, np.shape(small)[1::-1], scale) if known else 1.)
     if named:
         there = [p for p in (Path(named), file.parent/Path(named).name) if p.is_file()]
         if there: metadata['source_image_path'] = str(there[0]); return
-    if small is None or not scale: return                                      # none, or one that is said to be missing when it is checked
+    if small is None or not scale: return                           # none, or said to be missing when it is checked
     images['hires'], factors['tissue_hires_scalef'] = _pixels(small), scale
     for k in ('source_image_path', 'image_width', 'image_height'): metadata.pop(k, None)
     _rescale(section, scale)
 
 # %% ../nbs/library/19_readers.ipynb #5d665440
+def _has_all(section):
+    "Raise `InputError` where a section lacks a part of the convention"
+    for where,key in (('obsm', 'spatial'), ('obs', 'array_col'), ('obs', 'array_row'), ('uns', 'spatial')):
+        if key in getattr(section, where): continue
+        more = '; array_positions finds array positions from pixels.' if where == 'obs' else '.'
+        raise InputError(f"{where}['{key}'] is missing. A section follows the convention of scanpy and squidpy{more}")
+
+def _whole_positions(section):
+    "Raise `InputError` where array positions are not whole numbers"
+    for key in ('array_col', 'array_row'):
+        values = section.obs[key]
+        if not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all() or (values % 1).any():
+            raise InputError(f"obs['{key}'] holds something other than whole numbers. Give the place of each spot on "
+                             'the array.')
+
+# %% ../nbs/library/19_readers.ipynb #5e85d8d9
 def check_section(
     section:AnnData, # in the convention, from anywhere
 ):
     "Check a section as `new_section` checks a new one, and fill in what other programs leave out"
-    for where,key in (('obsm', 'spatial'), ('obs', 'array_col'), ('obs', 'array_row'), ('uns', 'spatial')):
-        if key not in getattr(section, where): raise InputError(f"{where}['{key}'] is missing. A section follows the convention of scanpy and squidpy" + ('; array_positions finds array positions from pixels.' if where == 'obs' else '.'))
-    name, obs = section_name(section), section.obs
-    images, factors, metadata = _known(section)
-    if 'spot_diameter_fullres' not in factors: raise InputError("scalefactors['spot_diameter_fullres'] is missing: the width of a spot in pixels.")
-    if not factors['spot_diameter_fullres'] > 0: raise InputError(f"a spot diameter of {factors['spot_diameter_fullres']} pixels: give one above 0.")
-    for key in ('array_col', 'array_row'):
-        if not np.issubdtype(obs[key].dtype, np.number) or not np.isfinite(obs[key]).all() or (obs[key] % 1).any(): raise InputError(f"obs['{key}'] holds something other than whole numbers. Give the place of each spot on the array.")
-    counts, genes = (section.X, section.var_names) if section.n_vars else (np.zeros((len(section), 1)), ['none'])
-    path = metadata.get('source_image_path')
-    again = new_section(counts, genes, section.obs_names, section.obsm['spatial'], obs['array_col'], obs['array_row'], name, '', path, factors['spot_diameter_fullres'])
-    metadata.update(again.uns['spatial'][name]['metadata'])
-    if not path and 'hires' in images:
-        height, width = np.array(images['hires'].shape[:2])/factors.get('tissue_hires_scalef', 1)
-        out = ((section.obsm['spatial'] < 0) | (section.obsm['spatial'] >= [width, height])).any(1)
-        if out.any(): raise InputError(f'{name}: spot {section.obs_names[out.argmax()]} is outside the embedded image; {out.sum()} such in all. Is tissue_hires_scalef right?')
+    _has_all(section)
+    at, obs, spatial = place(section), section.obs, section.obsm['spatial']
+    if not at.diameter > 0: raise InputError(f'a spot diameter of {at.diameter} pixels: give one above 0.')
+    _whole_positions(section)
+    counts, genes = section.X, section.var_names
+    if not section.n_vars: counts, genes = np.zeros((len(section), 1)), ['none']
+    again = new_section(counts, genes, section.obs_names, spatial, obs['array_col'], obs['array_row'], at.name, '',
+                        at.path, at.diameter)
+    at.metadata.update(place(again).metadata)
+    if not at.path and 'hires' in at.images:
+        height, width = np.array(at.images['hires'].shape[:2])/at.scalefactors.get('tissue_hires_scalef', 1)
+        out = ((spatial < 0) | (spatial >= [width, height])).any(1)
+        if out.any():
+            raise InputError(f'{at.name}: spot {section.obs_names[out.argmax()]} is outside the embedded image; '
+                             f'{out.sum()} such in all. Is tissue_hires_scalef right?')
     section.uns.setdefault('histogene', {})
 
 # %% ../nbs/library/19_readers.ipynb #f52b1df6

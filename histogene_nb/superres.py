@@ -13,7 +13,8 @@ from anndata import AnnData
 from scipy import ndimage, sparse
 from .files import InputError
 from .devices import default_device
-from .sections import add_hires, image_mpp, open_image, section_name
+from .images import image_mpp, open_image
+from .sections import add_hires, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
 from .interface import SpotModel, run_model, tiles

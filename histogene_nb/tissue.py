@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree, Voronoi
 from scipy.special import expit
 from tqdm.auto import tqdm
 from .files import InputError, whole_file
-from .sections import LABEL_COLORS, new_section, section_name
+from .sections import LABEL_COLORS, new_section
 
 # %% ../nbs/library/01_tissue.ipynb #3fda9f60
 CELL = 8 # px along each side of a cell of the layout

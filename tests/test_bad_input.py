@@ -18,7 +18,8 @@ from histogene_nb.patches import extract_patches
 from histogene_nb.readers import read_section
 from histogene_nb.position import grid_positions
 from histogene_nb.files import InputError
-from histogene_nb.sections import add_hires, read_her2st, section_name
+from histogene_nb.her2st import read_her2st
+from histogene_nb.sections import add_hires, section_name
 from histogene_nb.superres import predict_image, predict_superres, recover_spots
 from histogene_nb.texture import TextureModel
 from histogene_nb.tissue import synthetic_section

@@ -153,8 +153,8 @@ def test_search_finds_a_function(browser, address, site, where):
     until(browser, lambda b: b.find_elements(By.CSS_SELECTOR, '.search-result'))
     results = browser.find_elements(By.CSS_SELECTOR, '.search-result')
     assert any('read_her2st' in r.text for r in results)
-    next(r for r in results if 'sections.html' in r.get_attribute('href')).click()
-    until(browser, lambda b: 'library/sections.html' in b.current_url)
+    next(r for r in results if 'her2st.html' in r.get_attribute('href')).click()
+    until(browser, lambda b: 'library/her2st.html' in b.current_url)
     assert browser.find_element(By.ID, 'read_her2st') and not faults(browser, start)
 
 def test_dark_mode_holds(browser, address):

@@ -10,7 +10,8 @@ from histogene_nb.crossval import write_h5ad
 from histogene_nb.interface import from_pretrained
 from histogene_nb.readers import read_section
 from histogene_nb.files import InputError
-from histogene_nb.sections import section_name, write_her2st
+from histogene_nb.her2st import write_her2st
+from histogene_nb.sections import section_name
 from histogene_nb.tissue import synthetic_section
 
 NAMES = ['histogene_demo', 'histogene_download', 'histogene_plot', 'histogene_predict', 'histogene_train']

@@ -20,7 +20,9 @@ from histogene_nb.patches import cut_patches, dense_grid, extract_patches, flatt
 from histogene_nb.position import fit_grid, grid_positions, pixel_positions
 from histogene_nb.readers import array_positions, image_scale, read_section, read_st, read_visium
 from histogene_nb.files import InputError, whole_file
-from histogene_nb.sections import TiledImage, check_counts, leave_one_out, new_section, open_image, read_her2st, section_name, write_her2st
+from histogene_nb.her2st import read_her2st, write_her2st
+from histogene_nb.images import TiledImage, open_image
+from histogene_nb.sections import check_counts, leave_one_out, new_section, section_name
 from histogene_nb.superres import average_patches, predict_dense, recover_spots
 from histogene_nb.texture import TextureModel
 from histogene_nb.training import turn_patches

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from conftest import WANTS
-from histogene_nb import sections
+from histogene_nb import her2st
 from histogene_nb.files import InputError, data_folder, whole_file
+from histogene_nb.her2st import *
+from histogene_nb.images import *
 from histogene_nb.sections import *
 
 GENES = ['ERBB2', 'KRT19', 'COL1A1', 'CD3E', 'GAPDH']
@@ -192,7 +194,7 @@ def test_bytes_parser_agrees_with_pandas(tmp_path):
     counts = rng.poisson(10.**rng.uniform(-2, 6, 400), (50, 400))
     table = pd.DataFrame(counts, [f'{i}x1' for i in range(50)], [f'g{i}' for i in range(400)])
     table.to_csv(tmp_path/'c.tsv', sep='\t')
-    ids, genes, X = sections._read_counts(tmp_path/'c.tsv')
+    ids, genes, X = her2st._read_counts(tmp_path/'c.tsv')
     assert ids == list(table.index) and genes == list(table.columns) and (X.toarray() == table.to_numpy()).all()
 
 def test_join_counts_what_it_drops(root, capsys):
@@ -378,7 +380,7 @@ def test_download_tries_again(site, get):
 
 def test_download_killed_and_restarted(site, get, tmp_path):
     site.faults[IMAGE] = 'stall'
-    code = ('import sys; from histogene_nb.sections import download_her2st; '
+    code = ('import sys; from histogene_nb.her2st import download_her2st; '
             f'download_her2st({str(tmp_path/"got")!r}, base_url={site.url!r}, hashes={site.hashes!r}, retries=0, progress=False)')
     process = subprocess.Popen([sys.executable, '-c', code])
     try: assert site.stalled.wait(60)
@@ -441,7 +443,7 @@ def all_sections(real): return {n: read_her2st(real, n, verbose=False) for n in 
 def test_real_hash_list(real):
     published = pd.read_csv(real/'SOURCES.tsv', sep='\t').set_index('path').git_blob_sha1
     published = published.rename(lambda p: p.removeprefix('data/'))
-    ours = sections._her2st_files()
+    ours = her2st._her2st_files()
     assert ours == {p: h for p,h in published.items() if p.startswith('ST-')}
     for p,h in ours.items():
         if (real/p).exists(): assert git_blob_sha1(real/p) == h

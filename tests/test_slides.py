@@ -8,7 +8,8 @@ from PIL import Image
 from scipy import sparse
 from histogene_nb.patches import cut_patches, extract_patches
 from histogene_nb.files import InputError
-from histogene_nb.sections import SlideImage, TiledImage, add_hires, check_counts, image_mpp, open_image, small_copy
+from histogene_nb.images import SlideImage, TiledImage, image_mpp, open_image
+from histogene_nb.sections import add_hires, check_counts, small_copy
 from histogene_nb.superres import predict_image
 from conftest import root
 
@@ -315,7 +316,8 @@ import warnings
 from pathlib import Path
 import numpy as np
 from histogene_nb.files import InputError
-from histogene_nb.sections import decoding, open_image, small_copy
+from histogene_nb.images import decoding, open_image
+from histogene_nb.sections import small_copy
 warnings.simplefilter('ignore')
 path = Path(path)
 good, rng, seen = path.read_bytes(), np.random.default_rng(0), {}
@@ -392,7 +394,8 @@ def test_an_aperio_slide_of_40_000_pixels(tmp_path):
             f.write(tiles, shape=(side, side, 3), dtype='u1', tile=(tile, tile), photometric='rgb', compression='jpeg', metadata=None, software=False,
                     description=f'Aperio Image Library v11.2.1\r\n{size}x{size} JPEG/RGB Q=75|AppMag = 20|MPP = 0.5')
     (text,), memory = measured("""
-from histogene_nb.sections import open_image, small_copy
+from histogene_nb.images import open_image
+from histogene_nb.sections import small_copy
 from histogene_nb.patches import cut_patches, dense_grid, tissue_mask
 with open_image(slide) as im:
     thumbnail = small_copy(im)

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from histogene_nb.files import data_folder
-from histogene_nb.sections import new_section, read_her2st, released_sections
+from histogene_nb.her2st import read_her2st, released_sections
+from histogene_nb.sections import new_section
 from histogene_nb.expression import read_panel
 from histogene_nb.model import HisToGene
 from histogene_nb.position import fit_grid, pixel_positions

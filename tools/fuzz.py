@@ -28,7 +28,9 @@ from histogene_nb.interface import from_pretrained, save_pretrained, predict
 from histogene_nb.patches import cut_patches, extract_patches
 from histogene_nb.readers import read_section
 from histogene_nb.files import InputError, whole_file
-from histogene_nb.sections import add_hires, decoding, open_image, read_her2st, section_name, small_copy, write_her2st
+from histogene_nb.her2st import read_her2st, write_her2st
+from histogene_nb.images import decoding, open_image
+from histogene_nb.sections import add_hires, section_name, small_copy
 from histogene_nb.texture import TextureModel
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.model import HisToGene

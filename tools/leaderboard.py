@@ -18,7 +18,7 @@ from histogene_nb.commands import reader
 from histogene_nb.crossval import baselines, cross_validate, finished_folds, fold_name, histogene, mean_measures, provenance, ridges, spot_model, texture
 from histogene_nb.expression import read_panel
 from histogene_nb.files import data_folder
-from histogene_nb.sections import her2st_catalogue, read_her2st
+from histogene_nb.her2st import her2st_catalogue, read_her2st
 from histogene_nb.small_cnn import SmallCNN
 
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'

@@ -17,7 +17,8 @@ from histogene_nb.crossval import baselines, fold_name, provenance, ridges, run_
 from histogene_nb.evaluation import gene_correlations, position_baseline
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel
 from histogene_nb.files import data_folder
-from histogene_nb.sections import her2st_catalogue, leave_one_out, read_her2st
+from histogene_nb.her2st import her2st_catalogue, read_her2st
+from histogene_nb.sections import leave_one_out
 
 results = Path(histogene_nb.__file__).parent/'results'/'leakage'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']

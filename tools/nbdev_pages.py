@@ -17,10 +17,10 @@ def show_source(cell):
 
 
 def fold_private(cell):
-    "Exported code that defines nothing but private names stays folded, under their names, until a reader asks for it; so does what says `#| fold <summary>`"
+    "Exported code that defines nothing but private names stays folded, under their names, until a reader asks for it; so does what says `#| fold`, with or without a summary"
     names = re.findall(r'^(?:async )?(?:def|class) +(\w+)', cell.source, re.M)
     if cell.cell_type != 'code' or 'exports' not in cell.directives_: return
-    if 'fold' in cell.directives_: summary = ' '.join(cell.directives_['fold'])
+    if 'fold' in cell.directives_: summary = ' '.join(cell.directives_['fold']) or f'Exported source: {", ".join(names)}'
     elif names and all(n.startswith('_') for n in names): summary = f'Exported source: {", ".join(names)}'
     else: return
     cell.source = cell.source.replace('#| code-fold: show\n#| code-summary: "Exported source"', f'#| code-fold: true\n#| code-summary: "{summary}"', 1)

@@ -13,7 +13,7 @@ from histogene_nb.evaluation import gene_correlations
 from histogene_nb.expression import normalize, read_panel
 from histogene_nb.model import attention_maps, HisToGene
 from histogene_nb.files import data_folder
-from histogene_nb.sections import read_her2st
+from histogene_nb.her2st import read_her2st
 from histogene_nb.interface import predict
 
 results = Path(histogene_nb.__file__).parent/'results'

@@ -13,7 +13,8 @@ from PIL import Image
 import histogene_nb
 from histogene_nb.crossval import write_h5ad
 from histogene_nb.files import data_folder
-from histogene_nb.sections import new_section, read_her2st
+from histogene_nb.her2st import read_her2st
+from histogene_nb.sections import new_section
 
 results = Path(histogene_nb.__file__).parent/'results'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']

@@ -19,7 +19,8 @@ from histogene_nb.model import HisToGene
 from histogene_nb.patches import dense_grid
 from histogene_nb.position import fit_grid
 from histogene_nb.files import whole_file, data_folder
-from histogene_nb.sections import read_her2st, released_sections, section_name
+from histogene_nb.her2st import read_her2st, released_sections
+from histogene_nb.sections import section_name
 from histogene_nb.superres import places, predict_dense, predict_superres, recover_spots, section_mask
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.devices import drawn_from
