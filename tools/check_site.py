@@ -11,7 +11,8 @@ script_url = re.compile(r'''(?:import|from|fetch\(|src\s*=|href\s*=)\s*\(?['"]((
 
 
 class Page(HTMLParser):
-    "The ids of a page, its links, what it loads, how many figures and formulas it shows, what looks like a link but is text, and how many table headers lack a scope"
+    """The ids of a page, its links, what it loads, how many figures and formulas it shows,
+    what looks like a link but is text, and how many table headers lack a scope"""
     def __init__(self, html):
         super().__init__()
         self.ids, self.links, self.loads, self.figures, self.inside = set(), [], [], 0, []
