@@ -15,7 +15,7 @@ from anndata import AnnData
 from torch import nn, Tensor
 from .files import InputError, model_files, whole_file
 from .devices import default_device, drawn_from, enough_memory, mixed, precision_on
-from .sections import section_name
+from .sections import place, section_name
 from .expression import SCALES, normalize
 from .position import fit_grid
 from .tensors import load_tensors, read_tensors, save_tensors
@@ -132,9 +132,9 @@ class SpotModel(nn.Module):
 # %% ../nbs/library/28_interface.ipynb #b4edacfa
 def _geometry(sections):
     "What predictions need of the training sections' geometry"
-    names = [section_name(s) for s in sections]
-    diameters = [s.uns['spatial'][n]['scalefactors']['spot_diameter_fullres'] for n,s in zip(names, sections)]
-    return dict(sections=names, spot_diameter=float(np.median(diameters)), grid=np.mean([fit_grid(s) for s in sections], 0).tolist())
+    at = [place(s) for s in sections]
+    return dict(sections=[a.name for a in at], spot_diameter=float(np.median([a.diameter for a in at])),
+                grid=np.mean([fit_grid(s) for s in sections], 0).tolist())
 
 def _record(cls, seed, how):
     "Settings of a training, for `about`"
@@ -210,8 +210,7 @@ def predict(
     "Predict the expression of a section's spots from its image"
     X = np.empty((len(section), len(model.known('genes'))), dtype=np.float32)
     model.to(default_device(device))                                # before it looks at the section
-    d = section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
-    for seen,kept in tiles(section.obsm['spatial']/d, tile):
+    for seen,kept in tiles(section.obsm['spatial']/place(section).diameter, tile):
         part = AnnData(obs=section.obs.iloc[seen], obsm={'spatial': section.obsm['spatial'][seen]}, uns=dict(section.uns))
         X[seen[kept]] = run_model(model, model.look(part, cache=cache), device, precision)[kept]
     return predicted_section(model, section, X, model.name)

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from scipy.spatial import cKDTree
 from .evaluation import gene_correlations
 from .files import InputError
-from .sections import LABEL_COLORS, section_name
+from .sections import place, section_name, LABEL_COLORS
 
 # %% ../nbs/library/25_plots.ipynb #61c272d5
 METHOD_COLORS = {'observed': '#000000', 'HisToGene': '#0072B2', 'HisToGene*': '#56B4E9',
@@ -26,7 +26,7 @@ CLUSTER_COLORS = ['#4477AA', '#EE6677', '#228833', '#CCBB44', '#66CCEE', '#AA337
 def tile(section:ad.AnnData, # at spots or super-resolved
         )->tuple: # width in full-resolution pixels; do marks touch? Sub-patches do (squares), spots do not
     "How large the mark of one place is on a map"
-    width = float(section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres'])
+    width = place(section).diameter
     if section.n_obs<2: return width, False
     pitch = np.median(cKDTree(section.obsm['spatial']).query(section.obsm['spatial'], k=2)[0][:,1])
     return min(width, pitch), bool(pitch<=width*1.01)

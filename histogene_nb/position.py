@@ -10,7 +10,7 @@ __all__ = ['grid_positions', 'check_positions', 'fit_grid', 'pixel_positions', '
 import numpy as np, torch
 from anndata import AnnData
 from .files import InputError
-from .sections import section_name
+from .sections import place, section_name
 
 # %% ../nbs/library/04_position.ipynb #39b39cb2
 def grid_positions(
@@ -94,7 +94,7 @@ def model_grid(
 )->np.ndarray: # (3, 2), for `pixel_positions`
     "The map from a section's pixels to positions as a model was trained with them"
     if not another_array(section, trained): return fit_grid(section)
-    d = section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
+    d = place(section).diameter
     steps = np.asarray(trained)[:2]
     return np.r_[steps, -(section.obsm['spatial']/d @ steps).min(0, keepdims=True)]
 
@@ -105,6 +105,6 @@ def spot_positions(
 )->torch.Tensor: # long (n, 2): (x, y) indices
     "Indices of a section's spots for a model: of its array or, on another kind of array, of their places"
     if not another_array(section, trained): return grid_positions(section, n_pos)
-    d = section.uns['spatial'][section_name(section)]['scalefactors']['spot_diameter_fullres']
+    d = place(section).diameter
     grid = model_grid(section, trained)
     return pixel_positions(section.obsm['spatial'], d, grid, n_pos, section_name(section))

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .files import InputError
 from .devices import all_digits, default_device, device_of, drawn_from, enough_memory, full_precision
-from .sections import section_name
+from .sections import place, section_name
 from .patches import cache_file, extract_patches, read_array, save_array
 from .expression import normalize
 from .interface import SpotModel
@@ -62,9 +62,8 @@ _WAYS = (0, 5, 2, 7)                                                            
 
 def _numbers_file(cache, textures, section, centres, windows, size, views):
     "Named by the image's content, the places, and all that the numbers depend on"
-    info = section.uns['spatial'][section_name(section)]
     weights = hashlib.blake2b(b''.join(w.detach().cpu().numpy().tobytes() for w in textures.state_dict().values()), digest_size=16).hexdigest()
-    return cache_file(cache, section, 1000*centres, size, f"textures v1 {tuple(windows)} {views} {info['scalefactors']['spot_diameter_fullres']} {weights}")
+    return cache_file(cache, section, 1000*centres, size, f'textures v1 {tuple(windows)} {views} {place(section).diameter} {weights}')
 
 def texture_numbers(
     textures:Textures, # on the device to use

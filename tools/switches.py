@@ -21,7 +21,7 @@ from histogene_nb.position import fit_grid
 from histogene_nb.files import whole_file, data_folder
 from histogene_nb.her2st import read_her2st, released_sections
 from histogene_nb.sections import section_name
-from histogene_nb.superres import places, predict_dense, predict_superres, recover_spots, section_mask
+from histogene_nb.superres import between_spots, predict_dense, predict_superres, recover_spots, section_mask
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.devices import drawn_from
 from histogene_nb.training import fit, training_example
@@ -73,7 +73,7 @@ def other_stars(model, section, parts, kept):
     box[y0:y1 + 1, x0:x1 + 1] = True
     centres, _ = dense_grid(mask, scale, d, 4)
     shared = np.clip(.75*d - np.abs(spots[:, None] - centres), 0, d/2).prod(-1)                     # (n, patches): of a spot with the middle quarter of a patch
-    X = run_model(model, model.look(places(section, centres, grid, 4), kept))
+    X = run_model(model, model.look(between_spots(section, centres, grid, 4), kept))
     return {'released index': recover_spots(predict_dense(model, section, 4, released_index(section, parts), mask, scale, cache=kept), section),
             'bounding box': recover_spots(predict_dense(model, section, 4, grid, box, scale, cache=kept), section),
             'not averaged': predicted_section(model, section, (shared/shared.sum(1, keepdims=True) @ X).astype(np.float32), 'HisToGene*')}
