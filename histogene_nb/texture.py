@@ -254,7 +254,7 @@ class TextureModel(SpotModel):
         array:tuple=(1, 1), # places of the array that something is known of, along x and y
         pretrained:bool=True, # with the photograph network's weights; False before others are loaded
     ):
-        if min(sizes := (n_genes, rank or 1, size, views, dim, depth, heads, *array, members + 1)) < 1 or not windows or not min(windows) > 0:
+        if min(sizes := (n_genes, 1 if rank is None else rank, size, views, dim, depth, heads, *array, members + 1)) < 1 or not windows or not min(windows) > 0:
             raise InputError('n_genes, rank, size, views, dim, depth, heads and array are 1 or more, members 0 or more and windows above 0, '
                              f'not {sizes[:7]}, {tuple(array)}, {members} and {tuple(windows)}.')
         super().__init__(n_genes=n_genes, rank=rank, windows=list(windows), size=size, views=views, members=members, dim=dim, depth=depth,
