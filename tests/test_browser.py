@@ -123,7 +123,7 @@ def test_contrast_of_what_comes_up(browser, address, dark):
 
 def test_keyboard(browser, address):
     "The first press of Tab shows a link to the text, which leads there; where the keyboard is, is seen"
-    view(browser); browser.get(address + 'library/attention.html')
+    view(browser); browser.get(address + 'idea/attention.html')
     def press(key):
         ActionChains(browser).send_keys(key).perform()
         return browser.execute_script("""const e = document.activeElement, s = getComputedStyle(e);
@@ -132,13 +132,13 @@ def test_keyboard(browser, address):
     first = press(Keys.TAB)
     assert first['text'] == 'Skip to content' and first['top'] >= 0
     assert all(o['outline'] >= 2 and not o['main'] for o in (first, *(press(Keys.TAB) for _ in range(10))))
-    browser.get(address + 'library/attention.html')
+    browser.get(address + 'idea/attention.html')
     press(Keys.TAB); press(Keys.ENTER)
     reached = [press(Keys.TAB) for _ in range(8)]
     assert all(o['main'] and o['outline'] >= 2 for o in reached), reached
     assert browser.current_url.endswith('#quarto-document-content')
 
-@pytest.mark.parametrize('page', ['library/sections.html', 'paper/figure2b.html', 'paper/replicated.html'])
+@pytest.mark.parametrize('page', ['idea/sections.html', 'paper/figure2b.html', 'paper/replicated.html'])
 def test_no_wider_than_paper(browser, address, page):
     "Tables of long names and of many columns, code and figures: for what is wider, browsers shrink the page"
     view(browser, 700, media='print'); browser.get(address + page)
@@ -147,7 +147,7 @@ def test_no_wider_than_paper(browser, address, page):
     view(browser)
     assert not wide
 
-@pytest.mark.parametrize('page', ['library/training.html', 'paper/replicated.html'])
+@pytest.mark.parametrize('page', ['idea/training.html', 'paper/replicated.html'])
 def test_on_paper(browser, address, page):
     """The page alone, in dark mode too in black on white; code wrapped and folded as it was, figures in one piece,
     the addresses of other sites"""
@@ -180,7 +180,7 @@ def test_search_finds_a_function(browser, address, site, where):
     results = browser.find_elements(By.CSS_SELECTOR, '.search-result')
     assert any('read_her2st' in r.text for r in results)
     next(r for r in results if 'her2st.html' in r.get_attribute('href')).click()
-    until(browser, lambda b: 'library/her2st.html' in b.current_url)
+    until(browser, lambda b: 'tissue/her2st.html' in b.current_url)
     assert browser.find_element(By.ID, 'read_her2st') and not faults(browser, start)
 
 def test_dark_mode_holds(browser, address):
@@ -188,7 +188,7 @@ def test_dark_mode_holds(browser, address):
     assert not darkness(browser)
     browser.find_element(By.CSS_SELECTOR, '.quarto-color-scheme-toggle').click()
     until(browser, darkness)
-    browser.get(address + 'library/attention.html')
+    browser.get(address + 'idea/attention.html')
     assert darkness(browser)
     browser.find_element(By.CSS_SELECTOR, '.quarto-color-scheme-toggle').click()
     until(browser, lambda b: not darkness(b))
@@ -197,7 +197,7 @@ def test_dark_mode_holds(browser, address):
 
 def test_maths_is_set(browser, address):
     "Formulas are laid out, in their own fonts, which the site brings along"
-    view(browser); browser.get(address + 'library/attention.html')
+    view(browser); browser.get(address + 'idea/attention.html')
     until(browser, lambda b: b.execute_script("return document.fonts.status == 'loaded'"))
     boxes = browser.execute_script("return [...document.querySelectorAll('.katex-html')].map(e => e.getBoundingClientRect()).map(r => [r.width, r.height])")
     assert boxes and all(w > 0 and h > 0 for w,h in boxes)
@@ -222,7 +222,7 @@ def inside(browser, selector):
 
 @pytest.fixture
 def explore(browser, address):
-    view(browser); browser.get(address + 'library/explore.html'); faults(browser, address)
+    view(browser); browser.get(address + 'judging/explore.html'); faults(browser, address)
     until(browser, lambda b: len(inside(b, 'canvas')) >= 2)
     yield browser
     assert not faults(browser, address)

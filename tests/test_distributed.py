@@ -1,4 +1,4 @@
-"Several sections a step, several processes, one of them killed; and random numbers stay as they were. That two processes do what one does is seen in library/12_commands"
+"Several sections a step, several processes, one of them killed; and random numbers stay as they were. That two processes do what one does is seen in runs/commands"
 import json, subprocess, sys
 import psutil, pytest, torch
 from histogene_nb.crossval import write_h5ad

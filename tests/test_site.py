@@ -70,18 +70,18 @@ def test_search_index(site):
 
 def test_api(site):
     "An exported function has an entry with a table of its parameters, and its code."
-    html = (site/'library/her2st.html').read_text(encoding='utf-8')
+    html = (site/'tissue/her2st.html').read_text(encoding='utf-8')
     entry = html[html.index('id="read_her2st"'):]
     assert '<th scope="col">Parameter</th>' in entry and '<th scope="row"><code>root</code></th>' in entry
     assert 'Exported source' in entry
-    assert not [p.name for p in (site/'library').glob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
+    assert not [p.name for p in site.rglob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
 
 def test_what_is_folded(site):
     "Code of private names alone is folded, with its names, and what says `#| fold`; all other exported code is open."
     folds = [f for p in site.rglob('*.html') for f in re.findall(r'<details( open="")? class="code-fold">\s*<summary>(Exported source[^<]*)', p.read_text(encoding='utf-8'))]
     assert all(bool(is_open) == (summary == 'Exported source') for is_open,summary in folds)
     assert ('', 'Exported source: _counts_in_X, _settle, _read_h5ad') in folds
-    said = {n for p in notebooks('library') for c in cells(p) if re.search(r'^#\| *fold$', c['source'], re.M) for n in re.findall(r'^(?:def|class) +(\w+)', c['source'], re.M)}
+    said = {n for p in notebooks() for c in cells(p) if re.search(r'^#\| *fold$', c['source'], re.M) for n in re.findall(r'^(?:def|class) +(\w+)', c['source'], re.M)}
     shown = {n for _,s in folds for n in s.partition(': ')[2].split(', ') if n}
     assert 'read_her2st' in said and {n for n in shown if not n.startswith('_')} == {n for n in said if not n.startswith('_')}
 

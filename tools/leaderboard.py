@@ -29,7 +29,7 @@ once = {'baselines': baselines, 'ridge': ridges, 'texture without array and tran
 
 @cache
 def counts():
-    "The other sections on the make of array that these five are on, patients A to D (beyond/01_array)"
+    "The other sections on the make of array that these five are on, patients A to D (judging/array)"
     patient = her2st_catalogue().patient
     return tuple(read_her2st(data_folder(), s, verbose=False) for s in patient.index if patient[s] in 'ABCD' and s not in sections)
 

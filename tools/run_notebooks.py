@@ -1,4 +1,4 @@
-"""Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/library/02_patches.ipynb ...]
+"""Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/idea/patches.ipynb ...]
 
 All notebooks but the workshop's exercises unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
 the run that they show. Progress bars are left out of the outputs, figures get a palette, and metadata are left out but for a mark of the code and results that the outputs are of.
