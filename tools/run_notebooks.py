@@ -17,7 +17,10 @@ def modules_used(code):
     "The library's modules that some code imports, directly or through others"
     found, todo = set(), {code}
     while todo:
-        names = set(re.findall(r'(?:from|import) +(?:histogene_nb)?\.(\w+)', todo.pop())) - found
+        text = todo.pop()
+        names = set(re.findall(r'(?:from|import) +(?:histogene_nb)?\.(\w+)', text))
+        for listed in re.findall(r'from +(?:histogene_nb|\.) +import +([\w, ]+)', text): names |= {n.split()[0] for n in listed.split(',') if n.strip()}
+        names = {n for n in names if (library/f'{n}.py').is_file()} - found
         found |= names
         todo |= {(library/f'{n}.py').read_text(encoding='utf-8') for n in names}
     return sorted(found)
