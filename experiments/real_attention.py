@@ -1,6 +1,6 @@
 """Where the spots of a real section look: the attention of a HisToGene of 256 features, for the explorer; kept in the package.
 
-    HISTOGENE_DATA=... python tools/real_attention.py
+    HISTOGENE_DATA=... python experiments/real_attention.py
 
 Trained on B4, C2, C4 and C5 for 100 epochs, in about a minute; every spot of C3 is a target. The paper's size is too large to keep: 128 heads.
 """
@@ -25,7 +25,7 @@ def main():
     maps = attention_maps(model, *model.look(section), torch.arange(len(section))).numpy()       # (4, 4, n, n)
     r = gene_correlations(normalize(section, panel), predict(model, section)).r.mean()
     np.savez_compressed(results/'real_attention.npz', maps=maps.astype(np.float16), spots=np.array(section.obs_names, dtype=str),
-                        run=json.dumps(provenance('tools/real_attention.py', start, mean_r=round(r, 4), first_loss=losses[0], last_loss=losses[-1])))
+                        run=json.dumps(provenance('experiments/real_attention.py', start, mean_r=round(r, 4), first_loss=losses[0], last_loss=losses[-1])))
     print(f'mean r {r:.3f}, attention {(maps*len(section)).min():.2f} to {(maps*len(section)).max():.2f} times even')
 
 if __name__ == '__main__': main()

@@ -1,6 +1,6 @@
 """Sum up an independent re-run of HisToGene and ST-Net on the paper's 32 sections (QSong-github/HGGEP, MIT licence): means of its correlations per gene and per section.
 
-    HISTOGENE_DATA=... python tools/rerun.py
+    HISTOGENE_DATA=... python experiments/rerun.py
 """
 from pathlib import Path
 import pandas as pd

@@ -1,9 +1,9 @@
 """The leaderboard of the five real sections: every method through the same cross-validation; its tables go into the package.
 
-    HISTOGENE_DATA=... python tools/leaderboard.py runs         every method, three seeds where chance has a part
-    HISTOGENE_DATA=... python tools/leaderboard.py runs fast    all but HisToGene, ST-Net and the small CNN
-    HISTOGENE_DATA=... python tools/leaderboard.py runs own     the small CNN of the page on your own model
-    HISTOGENE_DATA=... python tools/leaderboard.py runs 1 2     HisToGene and ST-Net alone, with these seeds
+    HISTOGENE_DATA=... python experiments/leaderboard.py runs         every method, three seeds where chance has a part
+    HISTOGENE_DATA=... python experiments/leaderboard.py runs fast    all but HisToGene, ST-Net and the small CNN
+    HISTOGENE_DATA=... python experiments/leaderboard.py runs own     the small CNN of the page on your own model
+    HISTOGENE_DATA=... python experiments/leaderboard.py runs 1 2     HisToGene and ST-Net alone, with these seeds
 
 Sections and patients are left out in turn. `runs` keeps predictions; folds that are there already are not done again.
 HisToGene and ST-Net, which take hours, run two folds at a time through Ray, one thread each.
@@ -63,7 +63,7 @@ def main(folder, *parts):
     read, catalogue = reader(sections)
     panel = read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
     named = lambda methods: {k: partial(m, label=k) if k.startswith('texture') else m for k,m in methods.items()}
-    run = partial(cross_validate, read, catalogue, out=out, by=('section', 'patient'), panel=panel, cache=out/'patches', command='tools/leaderboard.py')
+    run = partial(cross_validate, read, catalogue, out=out, by=('section', 'patient'), panel=panel, cache=out/'patches', command='experiments/leaderboard.py')
     for part in parts or ('fast', 'own', 0, 1, 2):
         if part == 'fast':
             run(named(fast), seeds=(0, 1, 2))
@@ -71,7 +71,7 @@ def main(folder, *parts):
         elif part == 'own': run(own, seeds=(0, 1, 2))
         else: run(slow, seeds=(int(part),), ray='local', cores=1)
         write(out)
-    print(provenance('tools/leaderboard.py', start))
+    print(provenance('experiments/leaderboard.py', start))
 
 if __name__ == '__main__':
     folder, *parts = sys.argv[1:] or sys.exit(__doc__)

@@ -1,6 +1,6 @@
 """What sister sections, and the choice of genes, do to a cross-validation; the tables go into the package.
 
-    HISTOGENE_DATA=... python tools/leakage.py runs
+    HISTOGENE_DATA=... python experiments/leakage.py runs
 
 `pairs`: a section predicted from other sections' counts by position on the array alone, all 36 sections.
 `one_teacher`: one section trains, another is predicted, the five sections with photographs; B4 with fewer spots too, as few as a section of C has.
@@ -23,7 +23,7 @@ from histogene_nb.sections import leave_one_out
 results = Path(histogene_nb.__file__).parent/'results'/'leakage'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 methods = {'baselines': baselines, 'ridge': ridges, 'texture without array': partial(texture, use_array=False, label='texture without array')}
-command = 'tools/leakage.py'
+command = 'experiments/leakage.py'
 
 def fold(method, read, training, test, out, panel, cache):
     "Scores of one fold (a row per method, section and gene), those without r left out"

@@ -1,7 +1,7 @@
 """Paper against released code: one difference switched at a time, the rest as the library has it. The tables go into the package.
 
-    python tools/switches.py runs                               synthetic tissue and a small model, five seeds: some 20 minutes on one core
-    HISTOGENE_DATA=... python tools/switches.py runs real       the paper's model, trained on B4, C2, C4 and C5, tested on C3, three seeds: many hours
+    python experiments/switches.py runs                               synthetic tissue and a small model, five seeds: some 20 minutes on one core
+    HISTOGENE_DATA=... python experiments/switches.py runs real       the paper's model, trained on B4, C2, C4 and C5, tested on C3, three seeds: many hours
 
 `runs` keeps patches and checkpoints. What is in the tables already is not done again; they are written after each run, and seed 0 of every switch comes first.
 """
@@ -102,7 +102,7 @@ def the_switches(base, parts, rule, listed):
             'as released': dict(b, pixels='raw', order='released', normalization='released', panel=listed)}
 
 def main(folder, kind='synthetic'):
-    out, setting, command = Path(folder)/kind, KINDS[kind], ' '.join(['tools/switches.py', *[kind]*(kind != 'synthetic')])
+    out, setting, command = Path(folder)/kind, KINDS[kind], ' '.join(['experiments/switches.py', *[kind]*(kind != 'synthetic')])
     read, rule, listed = the_data(kind, out)
     training, test = ([read(s) for s in setting[k]] for k in ('training', 'test'))
     shared = [g for g in rule if g in listed]                                                       # every r is over these genes

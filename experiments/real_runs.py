@@ -1,6 +1,6 @@
 """The runs on real sections that the paper's pages show; their tables go into the package.
 
-    HISTOGENE_DATA=... python tools/real_runs.py runs
+    HISTOGENE_DATA=... python experiments/real_runs.py runs
 
 `real5`: cross-validation of B4, C2, C3, C4 and C5, by section and by patient. `real_A1`: the labelled section A1, from models trained on those five;
 its image is the one of 2000 x 2138 pixels in the repository of the data, whose black surroundings and inset are made white.

@@ -1,7 +1,7 @@
 """The main job on real sections: train on B4, C2, C4, C5, predict C3 at spots and 4x; results go into the package.
 
-    HISTOGENE_DATA=... python tools/real_sections.py runs
-    HISTOGENE_DATA=... python tools/real_sections.py reference    only the numbers to compare with, from reference/numbers.md beside the data
+    HISTOGENE_DATA=... python experiments/real_sections.py runs
+    HISTOGENE_DATA=... python experiments/real_sections.py reference    only the numbers to compare with, from reference/numbers.md beside the data
 
 Full-size model, published 785-gene panel, 100 epochs; once with pixels centred (the default) and once raw, as the released code
 has them. `runs` keeps models and predictions; what is there already is not done again, an interrupted training goes on.
