@@ -1,6 +1,6 @@
 """The same HisToGene from several seeds: r of each gene in each synthetic section, for the page of figure 2a. Ten minutes on two cores.
 
-    python tools/seeds.py [folder]      a run that was begun there is continued
+    python experiments/seeds.py [folder]      a run that was begun there is continued
 """
 import json, sys, tempfile, time
 from pathlib import Path
@@ -19,7 +19,7 @@ def main(folder):
     rows = [pd.DataFrame(dict(section=section, seed=seed, r=c.r.round(5)))
             for seed in range(SEEDS) for section,c in correlations(tables, seed=seed)['HisToGene'].items()]
     made = pd.concat(rows).rename_axis('gene').reset_index()[['section', 'seed', 'gene', 'r']]
-    about = provenance('tools/seeds.py', start, settings=tables['run']['methods']['HisToGene'],
+    about = provenance('experiments/seeds.py', start, settings=tables['run']['methods']['HisToGene'],
                        fold_seconds=round(float(tables['folds'].query("method == 'HisToGene'").seconds.sum()), 1))
     with whole_file(results/'synthetic_seeds.csv') as part:
         part.write_text(made.to_csv(index=False) + f'# {json.dumps(about)}\n', encoding='utf-8')
