@@ -101,8 +101,9 @@ def attention_shares(
 
 # %% ../nbs/runs/crossval.ipynb #5bcc4644
 def _looks(model, section, predicted, radius, layers, cache):
-    "Attention shares of some of a prediction's places, each with a patch around it; " \
-    "the central place's maps go into its obs"
+    """Attention shares of some of a prediction's places, each with a patch around it.
+
+    The central place's maps go into its obs"""
     centres = predicted.obsm['spatial']
     targets = np.unique(np.linspace(0, len(centres) - 1, min(len(centres), 16)).astype(int))
     middle = int(np.linalg.norm(centres - np.median(centres, 0), axis=1).argmin())
@@ -462,8 +463,9 @@ def _here(todo, late):
 
 # %% ../nbs/runs/crossval.ipynb #83e03a45
 def _on_ray(address, todo, late, cores, gpus):
-    "How many folds a Ray cluster runs at once, and their results as they come; " \
-    "a fold whose worker dies is tried again, three times"
+    """How many folds a Ray cluster runs at once, and their results as they come.
+
+    A fold whose worker dies is tried again, three times"""
     try: import ray
     except ImportError as e: raise InputError("Ray is not installed: pip install 'histogene_nb[ray]'.") from e
     if not ray.is_initialized(): ray.init(None if address == 'local' else address, log_to_driver=False)
@@ -510,8 +512,9 @@ def finished_folds(
 
 # %% ../nbs/runs/crossval.ipynb #a12e8092
 def _wide(folds):
-    "r by gene (rows) and method, fold, section, seed, n (columns); " \
-    "inf where there is no r, NaN where the fold's panel lacks the gene"
+    """r by gene (rows) and method, fold, section, seed, n (columns).
+
+    Inf where there is no r, NaN where the fold's panel lacks the gene"""
     found = {}
     for f in folds:
         for (m,s),t in _scores(f['folder']).groupby(['method', 'section'], sort=False):
@@ -668,8 +671,9 @@ def attention_shares_by_layer(
     level:str='HisToGene', # at the spots, or 'HisToGene_SR', super-resolved
     seed:int|None=None, # of the models; the first there is unless given
 )->pd.DataFrame: # by section and layer: layer, section, ..., and in times even attention: target, neighbours
-    "How much the targets of a run look at themselves and at their neighbours; " \
-    "1 is what looking at all spots alike would give"
+    """How much the targets of a run look at themselves and at their neighbours.
+
+    1 is what looking at all spots alike would give"""
     a = tables['attention']
     a = a[(a.level == level) & (a.seed == (a.seed.min() if seed is None else seed))]
     return a.assign(target=a.on_target/a.even, neighbours=a.on_neighbours/(a.n_neighbours*a.even))

@@ -195,8 +195,9 @@ def drawn_from(
     seed:int, # any whole number
     device:torch.device=torch.device('cpu'), # whose random numbers are used beside the processor's
 ):
-    "Within this context random numbers are drawn from a seed; " \
-    "the processor's and a card's go on afterwards as if nothing had been drawn"
+    """Within this context random numbers are drawn from a seed.
+
+    The processor's and a card's go on afterwards as if nothing had been drawn"""
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         # torch takes no larger number
         (torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed)(seed % 2**64)

@@ -51,8 +51,9 @@ _TABLES, _IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png
 def _suffix(path): return Path(path.name.lower().removesuffix('.gz')).suffix
 
 def _table(path, **kwargs):
-    ("A table of any of these kinds; its index, if it has one, as the first column "
-     "(R gives that one no heading)")
+    """A table of any of these kinds.
+
+    Its index, if it has one, as the first column (R gives that one no heading)"""
     with reading(path, 'a table'):
         if _suffix(path) == '.parquet': table = pd.read_parquet(path)
         else:
@@ -64,8 +65,9 @@ def _table(path, **kwargs):
 
 # %% ../nbs/tissue/readers.ipynb #fccd3d1b
 def _one(folder, what, suffixes, *patterns, needed=True):
-    ("The one file in a folder whose name fits the first pattern that fits any; "
-     "None if there is none and none is needed")
+    """The one file in a folder whose name fits the first pattern that fits any.
+
+    None if there is none and none is needed"""
     for p in patterns:
         found = sorted(f for f in folder.glob(p) if f.name[0] not in '._'
                        and (f.is_dir() if suffixes is None else _suffix(f) in suffixes))
@@ -101,8 +103,9 @@ def _visium_counts(folder):
 _POSITIONS = ['barcode', 'in_tissue', 'array_row', 'array_col', 'pxl_row_in_fullres', 'pxl_col_in_fullres']
 
 def _numeric(table, columns, path):
-    ("These columns as numbers, missing where there is nothing; "
-     "an `InputError` at the first cell that holds something else")
+    """These columns as numbers, missing where there is nothing.
+
+    An `InputError` at the first cell that holds something else"""
     numbers = table[columns].apply(pd.to_numeric, errors='coerce').astype(float)
     odd = numbers.isna() & table[columns].notna() | np.isinf(numbers)
     if odd.any(axis=None):
@@ -219,8 +222,9 @@ def read_visium(
     image:str|Path|None=None, # at full resolution; else one in the folder, or the larger in `spatial`
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the spots in tissue; positions in pixels of the image used
-    ("Read a Visium section; "
-     "`uns['histogene']['image_scale']` is the image's pixels for one of full resolution")
+    """Read a Visium section.
+
+    `uns['histogene']['image_scale']` is the image's pixels for one of full resolution"""
     folder = _is_folder(folder)
     bins = _bins(folder)
     if len(bins) > 1:
@@ -256,8 +260,9 @@ def read_visium(
 def array_positions(
     spatial:np.ndarray, # (n, 2) spot centres (x, y) in pixels
 )->tuple: # int (n, 2) array (col, row) from 0, and the distance between neighbours in pixels
-    ("Array positions of spots on a square or hexagonal grid; "
-     "on a hexagonal one columns are half a pitch wide, as spaceranger counts them")
+    """Array positions of spots on a square or hexagonal grid.
+
+    On a hexagonal one columns are half a pitch wide, as spaceranger counts them"""
     xy = np.asarray(spatial, dtype=np.float64)
     irregular = InputError(f'The {len(xy)} spots are not on one square or hexagonal grid, as far as their '
                            'pixels tell. Give their columns and rows on the array (array_col, array_row).')
@@ -478,8 +483,9 @@ def check_section(
 
 # %% ../nbs/tissue/readers.ipynb #f52b1df6
 def _counts_in_X(section, path):
-    ("What was just read, with counts in X: its own, or else those in `layers['counts']` or `raw`, "
-     "where scanpy's users keep them before they normalise; all its matrices checked first")
+    """What was just read, with counts in X: its own, or else those in `layers['counts']` or `raw`, where scanpy's users keep them before they normalise.
+
+    All its matrices checked first"""
     for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp')
                            for m in getattr(section, part).values()),
               *([section.raw.X] if section.raw else ())): check_sparse(X, path)
@@ -557,8 +563,9 @@ def _levels(image):
 
 # %% ../nbs/tissue/readers.ipynb #e88bdbb3
 def _photograph(images, shapes, region, several, where):
-    ("Pixels of the sharpest image of these spots, or None; "
-     "and the map (3, 3) that takes their coordinates into its pixels")
+    """Pixels of the sharpest image of these spots, or None.
+
+    And the map (3, 3) that takes their coordinates into its pixels"""
     from spatialdata.transformations import get_transformation
     into = lambda element, system: get_transformation(
         element, system).to_affine_matrix(('x', 'y'), ('x', 'y'))

@@ -243,8 +243,9 @@ def stamp(
     points:np.ndarray, # (n, 2) centres (y, x) in px
     index:np.ndarray, # (n,) which picture
 ):
-    ("Stamp pictures onto a canvas; where they overlap the darker one stays. "
-     "Those that reach over the border are left out")
+    """Stamp pictures onto a canvas.
+
+    Where they overlap the darker one stays. Those that reach over the border are left out"""
     h,(height,width) = bank.shape[1]//2, canvas.shape
     y,x = points.astype(int).T
     ok = (y>=h) & (x>=h) & (y<height-h) & (x<width-h)
