@@ -88,8 +88,8 @@ def attention_shares(
     centres:np.ndarray, # (n, 2) centres of all spots, pixels
     radius:float, # how far neighbours reach, in the same pixels
 )->pd.DataFrame: # by layer: on_target, on_neighbours (shares), n_neighbours, n, even (1/n), distance (pixels)
-    "Where target spots' attention goes, by layer: means over heads and targets " \
-    "(the paper's Figure 5: single maps)"
+    """Where target spots' attention goes, by layer: means over heads and targets
+    (the paper's Figure 5: single maps)"""
     apart = np.linalg.norm(centres[targets][:, None] - centres[None], axis=-1)  # (t, n)
     near = (apart <= radius) & (np.arange(len(centres))[None] != np.asarray(targets)[:, None])
     weight = maps.mean(1).double().numpy()  # (depth, t, n)
@@ -205,8 +205,8 @@ def write_h5ad(
     section:ad.AnnData, # measured or predicted
     path:str|Path, # ends in .h5ad
 )->Path: # the path
-    "Write an AnnData in one step: made in memory, " \
-    "since HDF5 does not survive a disk that fills up while it writes"
+    """Write an AnnData in one step: made in memory,
+    since HDF5 does not survive a disk that fills up while it writes"""
     made = io.BytesIO()
     with h5py.File(made, 'w') as f: ad.io.write_elem(f, '/', section, dataset_kwargs=dict(compression='gzip'))
     with whole_file(path) as part: part.write_bytes(made.getbuffer())

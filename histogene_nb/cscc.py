@@ -85,8 +85,8 @@ GEO_URL = 'https://ftp.ncbi.nlm.nih.gov/geo/samples'
 
 def cscc_folder(
 )->Path: # it may not exist yet
-    "Where the cSCC data are: `HISTOGENE_DATA/cscc` if that variable is set, " \
-    "else the folder that `download_cscc` fills"
+    """Where the cSCC data are: `HISTOGENE_DATA/cscc` if that variable is set,
+    else the folder that `download_cscc` fills"""
     home = os.environ.get('HISTOGENE_DATA')
     return (Path(home) if home else Path(pooch.os_cache('histogene_nb')))/'cscc'
 

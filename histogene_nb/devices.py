@@ -81,8 +81,8 @@ def mixed(
 # %% ../nbs/runs/devices.ipynb #de7b5152
 @contextmanager
 def all_digits():
-    "Within this context a card's convolutions of float32 numbers use all 24 bits of them, " \
-    "not the first 11 (TF32)"
+    """Within this context a card's convolutions of float32 numbers use all 24 bits of them,
+    not the first 11 (TF32)"""
     newer = getattr(torch.backends.cudnn, 'conv', None)  # PyTorch has two names for this
     where, name, exact = ((torch.backends.cudnn, 'allow_tf32', False) if newer is None
                           else (newer, 'fp32_precision', 'ieee'))

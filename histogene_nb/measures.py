@@ -43,8 +43,8 @@ def noise_ceiling(
     halvings:int=10, # pairs of halves, averaged
     seed:int=0, # of the coins
 )->pd.Series: # by gene; 0 where the halves do not agree at all, NaN where a gene does not vary
-    "The r with the measured expression that a perfect prediction could reach, " \
-    "given the noise of the counts (Spearman-Brown)"
+    """The r with the measured expression that a perfect prediction could reach,
+    given the noise of the counts (Spearman-Brown)"""
     if halvings < 1: raise InputError(f'halvings is 1 or more, not {halvings}.')
     r = []
     for i in range(halvings):
@@ -57,8 +57,8 @@ def noise_ceiling(
 def neighbour_graph(
     section:ad.AnnData, # with spot centres
 )->sparse.csr_matrix: # (n, n), rows add up to 1 where a spot has neighbours
-    "The spots within 1.6 spacings: eight on a square array, six on a hexagonal one, " \
-    "even if a little out of place"
+    """The spots within 1.6 spacings: eight on a square array, six on a hexagonal one,
+    even if a little out of place"""
     xy = np.asarray(section.obsm['spatial'], dtype=float)
     tree = cKDTree(xy)
     near = tree.sparse_distance_matrix(tree, 1.6*np.median(tree.query(xy, k=2)[0][:, 1]),

@@ -200,8 +200,8 @@ def read_report(
 
 # %% ../nbs/tissue/readers.ipynb #057885d5
 def _folder_name(folder):
-    ("What a folder's section is called: outs is named after the folder around it, "
-     "a Visium HD bin after that and its size")
+    """What a folder's section is called: outs is named after the folder around it,
+    a Visium HD bin after that and its size"""
     folder = folder.resolve()
     if folder.parent.name == 'binned_outputs': return f'{_folder_name(folder.parent.parent)}_{folder.name}'
     return folder.parent.name if folder.name == 'outs' else folder.name

