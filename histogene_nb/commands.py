@@ -7,7 +7,7 @@ __all__ = ['SYNTHETIC', 'histogene_download', 'histogene_train', 'histogene_pred
            'reader', 'measured_rates', 'histogene_reproduce']
 
 # %% ../nbs/runs/commands.ipynb #663f671c
-import functools, inspect, io, json, os, shlex, sys, time
+import ast, functools, io, json, os, shlex, sys, time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -82,20 +82,31 @@ def histogene_download(
     else: print('HER2+ data in', download_her2st(root, sections or None, images))
 
 # %% ../nbs/runs/commands.ipynb #b2d9ab28
+_HISTOGENE = {'epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every',
+              'precision', 'batch'}
+
 def _check_settings(model, given):
-    "Raise `InputError` where a model does not take a setting; nothing is imported for HisToGene's own"
-    if model == 'HisToGene' and set(given) <= _HISTOGENE: return
+    """Whether a model writes checkpoints; `InputError` where it does not take a setting.
+    Nothing is imported for HisToGene's own"""
+    if model == 'HisToGene' and set(given) <= _HISTOGENE: return True
     from histogene_nb.interface import model_class
     kind = model_class(model)
     for k in given:
-        if k not in kind.settings():
-            raise InputError(f'--{k.replace("_", "-")} is no setting of {kind.name}, '
-                             f'which has {", ".join(kind.settings())}. Leave it out.')
+        if k not in kind.settings(): raise InputError(
+            f'--{k.replace("_", "-")} is no setting of {kind.name}, which has {", ".join(kind.settings())}. Leave it out.')
     if _torchrun('WORLD_SIZE', 1) > 1 and 'batch' not in kind.settings():
         raise InputError(f'{kind.name} trains in one process. Give the command without torchrun.')
+    return 'every' in kind.settings()
 
-_HISTOGENE = {'epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every',
-              'precision', 'batch'}
+def _named(words):
+    "name=value as a dictionary; values as in Python, or else words"
+    found = {}
+    for w in words or ():
+        name, is_, value = w.partition('=')
+        if not is_ or not name.isidentifier(): raise InputError(f'--setting {w}: give name=value, such as patch_size=112.')
+        try: found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError): found[name] = value
+    return found
 
 # %% ../nbs/runs/commands.ipynb #c8d9e38f
 @call_parse
@@ -128,6 +139,7 @@ def histogene_train(
     array_from:_words( # names or .h5ad files
         'Texture model: more sections on arrays of the same make; only their counts are used, '
         'to learn what the array yields where', opt=True, nargs='+')=None,
+    setting:_words('More settings of the model, such as backbone=efficientnet_lite0 patch_size=112', opt=True, nargs='+')=None, # name=value
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
 ):
     "Train a model on sections and save it"
@@ -135,17 +147,21 @@ def histogene_train(
     given = dict(epochs=epochs, lr=lr, dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos,
                  pixels=pixels, augment=augment or None, every=every, precision=precision, batch=batch,
                  array_from=array_from)
-    given = {k: v for k,v in given.items() if v is not None}
+    given = {k: v for k,v in given.items() if v is not None} | _named(setting)
     for s in [*sections, *(array_from or ())]: _look_for(s, root)
     for s in array_from or ():
         if str(s) in map(str, sections): raise InputError(
             f'{s} is both trained on and given to --array-from. Its counts teach the array already: '
             'leave it out there.')
-    _check_settings(model, given)
+    goes_on = _check_settings(model, given)
     command = _command('histogene_train', sections)
+    made, begun = (out/'config.json').exists(), (out/'training.safetensors').exists()
     # with both, a training was killed at its very end, and goes on to that
-    if (out/'config.json').exists() and not (out/'training.safetensors').exists(): raise InputError(
+    if made and not (begun and goes_on): raise InputError(
         f'{out}: there is a trained model already, and it is left as it is. '
+        'Choose another folder with --out, or delete this one.')
+    if begun and not goes_on: raise InputError(
+        f'{out}: there is the checkpoint of another model, which was interrupted. '
         'Choose another folder with --out, or delete this one.')
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -530,10 +546,12 @@ def histogene_reproduce(
         if ':' in m: every[m] = model_class(m)
         if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, '
                                             'and your own models as module:Class.')
+    named = {m.rpartition(':')[2]: every[m] for m in chosen}
+    if len(named) < len(chosen): raise InputError(f'Two of the methods {methods} have the same name. Give your class another.')
     if by not in ('section', 'patient', 'both'):
         raise InputError(f'--by is section, patient or both, not {by}.')
     genes = read_panel(panel) if panel else dict(n_top=120, min_spots=150) if synthetic else {}
-    done = cross_validate(read, catalogue, {m.rpartition(':')[2]: every[m] for m in chosen}, out,
+    done = cross_validate(read, catalogue, named, out,
                           ('section', 'patient') if by == 'both' else (by,), genes,
                           only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
                           cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus,

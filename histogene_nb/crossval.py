@@ -22,7 +22,7 @@ from .devices import about_device, default_device, precision_on
 from .sections import leave_one_out, section_name
 from .expression import SCALES, normalize, select_panel
 from .measures import gene_measures, morans_i, noise_ceiling
-from .interface import SpotModel, class_name, model_class, predict
+from .interface import class_name, model_class, predict
 from .model import HisToGene, attention_maps
 from .patches import extract_patches
 from .position import grid_positions
@@ -179,7 +179,7 @@ def texture(
     inner = lambda model, *_: dict(inner_folds=model.about['inner_folds'])
     predicted, found = spot_model(training, test, panel, normalization, kind='texture', watch=inner,
                                   **settings)
-    for p in predicted: p.uns['histogene']['predicted_by'] = label
+    for p in predicted: p.uns['histogene']['predicted_by'] = p.uns['histogene']['predicted_by'].replace('texture', label, 1)
     return predicted, found
 
 # %% ../nbs/runs/crossval.ipynb #003848e7
@@ -343,9 +343,14 @@ def run_fold(
     return found
 
 # %% ../nbs/runs/crossval.ipynb #f2a9e20c
+def _method(m):
+    "A method as a function: of a model's class, with or without settings, the one that trains any model"
+    if isinstance(m, type): return partial(spot_model, kind=m)
+    return partial(spot_model, kind=m.func, **m.keywords) if isinstance(m, partial) and isinstance(m.func, type) else m
+
 def _settings(methods, catalogue, panel, normalization):
     "What must not change between two parts of a run"
-    plain = lambda v: class_name(v) if isinstance(v, type) else v
+    plain = lambda v: class_name(v) if isinstance(v, type) else getattr(v, '__name__', v) if callable(v) else v
     how = lambda m: {'function': getattr(m, 'func', m).__name__,
                      **{k: plain(v) for k,v in getattr(m, 'keywords', {}).items()}}
     return dict(sections=catalogue.patient.to_dict(), panel=panel, normalization=normalization,
@@ -409,7 +414,7 @@ def cross_validate(
 )->list: # fold.json's contents, of all folds that are done
     "Cross-validate methods, fold by fold (paper: Overview of evaluations)"
     start, out = time.perf_counter(), Path(out)
-    methods = {k: partial(spot_model, kind=m) if isinstance(m, type) else m for k,m in methods.items()}
+    methods = {k: _method(m) for k,m in methods.items()}
     folds = {fold_name(test): (training, test) for b in by for _,training,test in leave_one_out(catalogue, b)}
     for name,(training,_) in folds.items():
         if not training:

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from .files import InputError
 from .sections import section_name
 from .patches import extract_patches, flatten_patches
-from .position import another_array, check_positions, fit_grid, grid_positions, spot_positions
+from .position import another_array, check_positions, fit_grid, spot_positions
 from .devices import device_of, enough_memory, full_precision
 from .attention import MultiHeadAttention, attention_weights
 from .interface import SpotModel
@@ -103,7 +103,6 @@ class HisToGene(SpotModel):
         return out[0] if one else out
 
 # %% ../nbs/idea/model.ipynb #d3245d03
-#| code-fold: true
 from fastcore.basics import patch
 
 # %% ../nbs/idea/model.ipynb #e50f55e0
@@ -115,7 +114,7 @@ def look(self:HisToGene,
     "What the model sees of a section's places"
     patches, n_pos = (extract_patches(section, self.config['patch_size'], cache=cache),
                       self.config['n_pos'])
-    if 'superres' not in section.uns['histogene']:
+    if 'between_spots' not in section.uns['histogene']:
         return patches, spot_positions(section, self.about.get('grid'), n_pos)
     positions = torch.from_numpy(section.obs[['array_col', 'array_row']].to_numpy(dtype='int64').copy())
     # one step beyond the array counts as its edge
@@ -163,9 +162,9 @@ def begin(self:HisToGene,
 def suited(cls:HisToGene,
     sections:list, # to train on
 )->dict: # n_pos
-    "As many positions as the sections' arrays need: 64 as in the released code, or more"
-    return dict(n_pos=max([64, *(1 + int(s.obs[['array_col', 'array_row']].to_numpy().max())
-                                 for s in sections if len(s))]))
+    "Positions for the sections' arrays: 64 as in the released code, or the next multiple of it, so that others of their kind fit too"
+    last = max([0, *(int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in sections if len(s))])
+    return dict(n_pos=64*(1 + last//64))
 
 # %% ../nbs/idea/model.ipynb #8189eff0
 @torch.no_grad()

@@ -157,9 +157,11 @@ def extract_patches(
 )->torch.Tensor: # uint8 (n, 3, size, size)
     """Patches of a section, each as wide as a spot unless told otherwise (paper: Data preprocessing).
 
-    How many of them reached over the image's edge is in `section.uns['histogene']['n_padded']`."""
+    How many spots' own patches reached over the image's edge is in `section.uns['histogene']['n_padded']`."""
     at = place(section)
-    centres = _checked(section.obsm['spatial'] if centres is None else centres, dict(size=size), at.name)
+    at_spots = centres is None
+    centres = _checked(section.obsm['spatial'] if at_spots else centres, dict(size=size), at.name)
+    if not 0 < width < np.inf: raise InputError(f'The width of a patch is a number of spot diameters above 0, not {width}.')
     side = round(width*at.diameter) if np.isfinite(at.diameter) else 0
     if side < 1:
         raise InputError(f'{at.name}: the spot diameter is {at.diameter:g} pixels. '
@@ -172,7 +174,7 @@ def extract_patches(
             if file: save_array(file, patches.numpy())
         low = np.floor(centres) - side//2
         over = (low < 0).any(1) | (low + side > image.size).any(1)
-        section.uns['histogene']['n_padded'] = int(over.sum())
+        if at_spots and width == 1: section.uns['histogene']['n_padded'] = int(over.sum())
     return patches
 
 # %% ../nbs/idea/patches.ipynb #704ee0ce

@@ -17,20 +17,20 @@ from .images import image_mpp, open_image
 from .sections import add_hires, place, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
-from .interface import SpotModel, run_model, tiles
+from .interface import SpotModel, look_and_run, parts
 from .position import model_grid, spot_positions
 from tqdm.auto import tqdm
 
 # %% ../nbs/idea/superres.ipynb #59103a5f
 def average_patches(
     X:np.ndarray, # (n, genes) predictions of the patches
-    place:np.ndarray, # (n, 2) whole-number places of the patches on the grid, from `dense_grid`
+    where:np.ndarray, # (n, 2) whole-number places of the patches on the grid, from `dense_grid`
     k:int, # sub-patches along the side of a patch
 )->tuple: # of covered sub-patches: places (m, 2), means (m, genes), and how many patches cover each (m,)
     "The mean, for each sub-patch, over the patches that cover it (paper: figure 1b)"
-    width = place[:, 1].max() + k
+    width = where[:, 1].max() + k
     offsets = np.stack(np.meshgrid(np.arange(k), np.arange(k), indexing='ij'), -1).reshape(-1, 2)  # (k*k, 2)
-    cells = (place[:, None] + offsets).reshape(-1, 2) @ [width, 1]                               # (n*k*k,)
+    cells = (where[:, None] + offsets).reshape(-1, 2) @ [width, 1]                               # (n*k*k,)
     found, row = np.unique(cells, return_inverse=True)
     covers = sparse.csr_matrix((np.ones(len(row), dtype=np.float32),
                                 (row, np.repeat(np.arange(len(X)), k*k))), shape=(len(found), len(X)))
@@ -68,12 +68,11 @@ def between_spots(
     section:AnnData, # with an image
     centres:np.ndarray, # (n, 2) full-resolution pixels
     grid:np.ndarray, # (3, 2) map from pixels to positions, from `fit_grid`
-    factor:int, # k*k times the resolution of patches side by side
-)->AnnData: # n places, no genes; `superres` in `uns['histogene']` says that they are no spots
+)->AnnData: # n places, no genes; `between_spots` in `uns['histogene']` says what they are
     "Places between the spots of a section, as a model looks at them"
     at = on_array(centres, place(section).diameter, grid)
     obs = pd.DataFrame(at, columns=['array_col', 'array_row'], index=[str(i) for i in range(len(at))])
-    known = {**section.uns.get('histogene', {}), 'superres': factor}
+    known = {**section.uns.get('histogene', {}), 'between_spots': True}
     return AnnData(obs=obs, obsm={'spatial': centres},
                    uns={'spatial': section.uns['spatial'], 'histogene': known})
 
@@ -99,10 +98,11 @@ def predict_dense(
     n_pos = model.config.get('n_pos', np.inf)
     # more positions than the model has: those of a tile begin at its corner
     own = tile is not None and (at.min() < -1 or at.max() > n_pos)
-    for seen,kept in tqdm(list(tiles(centres/d, tile)), desc='prediction', unit='tile', disable=tile is None):
-        here = between_spots(section, centres[seen],
-                             np.r_[grid[:2], grid[2:] - at[seen].min(0)*own], factor)
-        X[seen[kept]] = run_model(model, model.look(here, cache=cache), device, precision)[kept]
+    some, padded = list(parts(model, centres/d, tile)), 0
+    for seen,kept in tqdm(some, desc='prediction', unit='part', disable=len(some) == 1):
+        here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - at[seen].min(0)*own])
+        X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
+        padded += here.uns['histogene'].get('n_padded', 0)
     step, corner = d/k, centres[0] - d/2 - where[0]*d/k
     cells, X, cover = average_patches(X, where, k)
     centres = corner + (cells + .5)*step
@@ -116,6 +116,7 @@ def predict_dense(
     out.uns['spatial'] = {name: {**info, 'scalefactors': {**info['scalefactors'],
                                                           'spot_diameter_fullres': step}}}
     known = {k: v for k,v in section.uns.get('histogene', {}).items() if k != 'truth'}
+    known['n_padded'] = padded
     scale = model.known('normalization')
     out.uns['histogene'] = {**known, 'normalization': scale, 'unit': SCALES[scale]['unit'],
                             'predicted_by': f'{model.name}_SR', 'superres': factor, 'patch_diameter': d,

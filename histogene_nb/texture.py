@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Example', 'Textures', 'texture_numbers', 'texture_example', 'colour_numbers', 'ridge_baseline', 'inner_folds',
-           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel', 'begin', 'learn']
+           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel']
 
 # %% ../nbs/models/texture.ipynb #fc8f7ffb
 import hashlib
@@ -282,6 +282,7 @@ class TextureModel(SpotModel):
         array:tuple=(1, 1), # places of the array that something is known of, along x and y
         pretrained:bool=True, # with the photograph network's weights; False before others are loaded
     ):
+        if rank is not None and rank != int(min(rank, 1e6)): raise InputError(f'rank is a whole number, not {rank}.')
         if min(sizes := (n_genes, 1 if rank is None else rank, size, views, dim, depth, heads, *array,
                          members + 1)) < 1 or not windows or not min(windows) > 0:
             raise InputError('n_genes, rank, size, views, dim, depth, heads and array are 1 or more, '
@@ -311,7 +312,7 @@ class TextureModel(SpotModel):
         cache=None, # folder that keeps the numbers
     )->tuple: # numbers (n, d), positions long (n, 2): -1 where there is no spot of an array
         "What the model sees of a section's places"
-        between, c = 'superres' in section.uns['histogene'], self.config
+        between, c = 'between_spots' in section.uns['histogene'], self.config
         numbers = texture_numbers(self.textures, section, tuple(c['windows']), c['size'], None, cache,
                                   1 if between else c['views'])
         on_array = not between and array_step(section) == self.about.get('array_step')
@@ -343,7 +344,7 @@ class TextureModel(SpotModel):
             return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
 
 # %% ../nbs/models/texture.ipynb #4fb8908c
-from fastcore import basics
+from fastcore.basics import patch
 
 # %% ../nbs/models/texture.ipynb #e8364ffa
 def _train_member(member, H, T, steps, lr, seed, device):
@@ -372,13 +373,14 @@ def _train_member(member, H, T, steps, lr, seed, device):
     return torch.stack(losses).tolist()
 
 # %% ../nbs/models/texture.ipynb #82cc2cde
-@basics.patch
+@patch
 def begin(self:TextureModel,
     sections:list, # to train on
     alpha:float|None=None, # see `learn`
     steps:int=100, # see `learn`
     lr:float=1e-3, # see `learn`
     array_from:tuple=(), # see `learn`
+    **settings, # of `learn`; not needed
 ):
     "Refuse what cannot be learned from, and arrays numbered in different ways; note how theirs is numbered"
     if not (steps >= 20 and 0 < lr < np.inf):
@@ -397,7 +399,7 @@ def begin(self:TextureModel,
     self.about['array_step'] = array_step(sections[0])
 
 # %% ../nbs/models/texture.ipynb #60756b5a
-@basics.patch
+@patch
 def learn(self:TextureModel,
     examples:list, # of (numbers, positions, targets), one a section
     sections:list, # the same sections: which spots are alive, and what the array yields where
