@@ -541,12 +541,12 @@ def histogene_reproduce(
                 **given(epochs=stnet_epochs, patch_size=stnet_px, precision=precision), 'backbone': backbone}
     every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as),
              'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as), 'ridge': ridges, 'texture': texture}
-    chosen = list(every)[:3] if methods == 'all' else methods.split(',')
+    chosen = list(every)[:3] if methods == 'all' else [m.strip() for m in methods.split(',')]
     for m in chosen:
         if ':' in m: every[m] = model_class(m)
         if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, '
                                             'and your own models as module:Class.')
-    named = {m.rpartition(':')[2]: every[m] for m in chosen}
+    named = {getattr(every[m], 'name', m): every[m] for m in chosen}
     if len(named) < len(chosen): raise InputError(f'Two of the methods {methods} have the same name. Give your class another.')
     if by not in ('section', 'patient', 'both'):
         raise InputError(f'--by is section, patient or both, not {by}.')

@@ -9,7 +9,7 @@ __all__ = ['fold_name', 'baselines', 'spot_model', 'attention_shares', 'histogen
            'attention_shares_by_layer', 'map_section']
 
 # %% ../nbs/runs/crossval.ipynb #af1aaea7
-import hashlib, io, json, os, shutil, sys, time
+import hashlib, inspect, io, json, os, shutil, sys, time
 from functools import partial
 from datetime import datetime, timezone
 from pathlib import Path
@@ -59,6 +59,7 @@ def spot_model(
     checkpoint:str|Path|None=None, # see `fit`
     cache:str|Path|None=None, # folder that keeps patches
     kind:type|str=HisToGene, # the model's class, or its name as in `model_class`
+    label:str|None=None, # what its predictions are called; the model's name unless given
     superres:int|None=None, # also super-resolved by this factor, and the spots recovered from that
     precision:str='auto', # of the layers, see `precision_on`
     watch=None, # what else to keep of the first section: (model, section, predictions, cache) -> dictionary
@@ -75,6 +76,8 @@ def spot_model(
             found += [recover_spots(dense, section), dense]
         if watch and not more: more = watch(model, section, found, cache)
         predicted += found
+    for p in predicted if label else ():
+        p.uns['histogene']['predicted_by'] = p.uns['histogene']['predicted_by'].replace(model.name, label, 1)
     used = precision_on(default_device(device), precision) if model.rounds else 'float32'
     return predicted, dict(losses=[round(l, 5) for l in losses],
                            parameters=sum(w.numel() for w in model.parameters()), precision=used,
@@ -173,14 +176,10 @@ def texture(
 )->tuple: # list of predicted sections; a dictionary: losses, rank, alpha, inner folds, number of parameters
     "The texture model"
     patients, trained = {s.uns['histogene']['patient'] for s in test}, {section_name(s) for s in training}
-    if array_from:
-        settings['array_from'] = [s for s in array_from if s.uns['histogene']['patient'] not in patients
-                                  and section_name(s) not in trained]
+    other = lambda s: s.uns['histogene']['patient'] not in patients and section_name(s) not in trained
+    if array_from: settings['array_from'] = [s for s in array_from if other(s)]
     inner = lambda model, *_: dict(inner_folds=model.about['inner_folds'])
-    predicted, found = spot_model(training, test, panel, normalization, kind='texture', watch=inner,
-                                  **settings)
-    for p in predicted: p.uns['histogene']['predicted_by'] = p.uns['histogene']['predicted_by'].replace('texture', label, 1)
-    return predicted, found
+    return spot_model(training, test, panel, normalization, kind='texture', label=label, watch=inner, **settings)
 
 # %% ../nbs/runs/crossval.ipynb #003848e7
 def provenance(
@@ -343,16 +342,29 @@ def run_fold(
     return found
 
 # %% ../nbs/runs/crossval.ipynb #f2a9e20c
-def _method(m):
-    "A method as a function: of a model's class, with or without settings, the one that trains any model"
-    if isinstance(m, type): return partial(spot_model, kind=m)
-    return partial(spot_model, kind=m.func, **m.keywords) if isinstance(m, partial) and isinstance(m.func, type) else m
+def _method(name, m):
+    "A method as a function: of a model's class, with or without settings, the one that trains any model; its settings checked"
+    if isinstance(m, (type, str)): m = partial(spot_model, kind=m)
+    elif isinstance(m, partial) and isinstance(m.func, type): m = partial(spot_model, kind=m.func, **m.keywords)
+    if not callable(m): raise InputError(f'Method {name}: give a class of a model or a function, not {m!r}.')
+    if getattr(m, 'func', m) is not spot_model: return m
+    kind = model_class(getattr(m, 'keywords', {}).get('kind', HisToGene))
+    for k in getattr(m, 'keywords', {}):
+        if k not in kind.settings() and k not in inspect.signature(spot_model).parameters:
+            raise InputError(f'Method {name}: {kind.name} has no setting {k}; it has {", ".join(kind.settings())}.')
+    return m if 'label' in getattr(m, 'keywords', {}) else partial(m, label=name)
+
+def _written(v):
+    "A setting as it is written into run.json; a model's class of your own with a mark of its source, since a changed class is another method"
+    if not isinstance(v, type): return getattr(v, '__name__', v) if callable(v) else v
+    if v.__module__.startswith('histogene_nb.'): return class_name(v)
+    try: return f'{class_name(v)} {hashlib.blake2b(inspect.getsource(v).encode(), digest_size=4).hexdigest()}'
+    except (OSError, TypeError): return class_name(v)                       # typed into a console: no source is kept
 
 def _settings(methods, catalogue, panel, normalization):
     "What must not change between two parts of a run"
-    plain = lambda v: class_name(v) if isinstance(v, type) else getattr(v, '__name__', v) if callable(v) else v
     how = lambda m: {'function': getattr(m, 'func', m).__name__,
-                     **{k: plain(v) for k,v in getattr(m, 'keywords', {}).items()}}
+                     **{k: _written(v) for k,v in getattr(m, 'keywords', {}).items()}}
     return dict(sections=catalogue.patient.to_dict(), panel=panel, normalization=normalization,
                 methods={k: how(m) for k,m in methods.items()})
 
@@ -414,7 +426,7 @@ def cross_validate(
 )->list: # fold.json's contents, of all folds that are done
     "Cross-validate methods, fold by fold (paper: Overview of evaluations)"
     start, out = time.perf_counter(), Path(out)
-    methods = {k: _method(m) for k,m in methods.items()}
+    methods, only = {k: _method(k, m) for k,m in methods.items()}, (only,) if isinstance(only, str) else only
     folds = {fold_name(test): (training, test) for b in by for _,training,test in leave_one_out(catalogue, b)}
     for name,(training,_) in folds.items():
         if not training:

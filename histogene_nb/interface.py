@@ -32,6 +32,7 @@ class SpotModel(nn.Module):
     name = 'SpotModel'                                  # what its predictions are called; the class's own name unless it has one
     rounds = True                                       # whether its layers may compute in less than float32
     alone = False                                       # whether each place is predicted on its own, whatever lies around it
+    usual = {}                                          # settings of its training, unless others are given: epochs, lr, ...
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         cls.name = cls.__dict__.get('name', cls.__name__)
@@ -47,7 +48,7 @@ class SpotModel(nn.Module):
         cache:str|Path|None=None, # folder that keeps what takes long to see
     )->tuple: # tensors, a row for each place, as `forward` takes them
         "What the model sees of a section's places"
-        raise NotImplementedError(f'{self.name} has no method look(section, cache).')
+        raise InputError(f'{self.name} has no method look(section, cache): what it sees of a section, a tuple of tensors.')
 
     def learn(self,
         examples:list, # of each section, what `look` gives and the targets (n, n_genes)
@@ -134,7 +135,7 @@ class SpotModel(nn.Module):
         for n in names:
             if names.count(n) > 1: raise InputError(f'Section {n} is among the training sections {names.count(n)} times. '
                                                     'Give each once, or each a name of its own.')
-        own, settings = _takes(cls.__init__), {**cls.suited(sections), **settings}
+        own, settings = _takes(cls.__init__), {**cls.suited(sections), **cls.usual, **settings}
         return {k: v for k,v in settings.items() if k in own}, {k: v for k,v in settings.items() if k not in own}
 
 # %% ../nbs/models/interface.ipynb #b4edacfa
@@ -144,7 +145,9 @@ def _check_config(model):
     missing = [k for k in _takes(kind.__init__) if k != 'self' and k not in config]
     if missing: raise InputError(f'{kind.name} does not keep {", ".join(missing)} in its config, so it could not be loaded again. '
                                  f'Begin its __init__ with super().__init__({", ".join(f"{k}={k}" for k in _takes(kind.__init__) if k != "self")}).')
-    if taken := {'kind', 'about'} & set(config): raise InputError(f'{kind.name} has a setting {min(taken)}, a name that its file needs. Call it something else.')
+    used = {'kind', 'about', 'normalization', 'cache', *_takes(fit)} - {'model', 'examples'}
+    if taken := used & {*config, *_takes(kind.__init__)}:
+        raise InputError(f'{kind.name} has a setting {min(taken)}, a name that training or its file needs. Call it something else.')
     try: json.dumps(config)
     except TypeError as e: raise InputError(f'{kind.name}: a setting cannot be written into a file ({e}). Settings are numbers, strings and lists.') from e
 
@@ -165,7 +168,8 @@ def _geometry(sections):
 
 def _record(cls, seed, how):
     "Settings of a training, for `about`"
-    defaults = {k: p.default for k,p in cls.settings().items() if k not in _takes(cls.__init__)}
+    learns = cls.settings() if cls.learn is SpotModel.learn else _takes(cls.learn)     # a learn of its own may not pass them all on
+    defaults = {k: p.default for k,p in learns.items() if k in cls.settings() and k not in _takes(cls.__init__)}
     plain = {k: v for k,v in {**defaults, **how}.items() if isinstance(v, (int, float, str, type(None)))}
     return {'seed': seed, **{k: v for k,v in plain.items() if k not in ('every', 'progress')}}
 
@@ -194,8 +198,9 @@ def run_model(
         X = model(*(t.to(device) for t in seen)).float().cpu().numpy()
     if X.shape != (len(seen[0]), n := model.config.get('n_genes', X.shape[-1])):
         raise InputError(f'{model.name}.forward returns {X.shape} for {len(seen[0])} places and {n} genes. It should be ({len(seen[0])}, {n}).')
-    if precision == 'float16' and not np.isfinite(X).all():
-        raise InputError('The prediction leaves the range of float16. Predict with precision=float32 (--precision float32).')
+    if not np.isfinite(X).all():
+        if precision == 'float16': raise InputError('The prediction leaves the range of float16. Predict with precision=float32 (--precision float32).')
+        raise InputError(f'{model.name} predicts numbers that are not finite. Train it again, with a smaller learning rate.')
     return X
 
 # %% ../nbs/models/interface.ipynb #5af7cbed
@@ -282,8 +287,8 @@ def model_class(
 
 def _imported(kind):
     "What 'module:Class' names"
-    module, _, name = MODELS.get(kind, kind).partition(':')
-    if not re.fullmatch(r'\w[\w.]*:\w+', MODELS.get(kind, kind)):
+    module, _, name = MODELS.get(kind, kind).replace('.py:', ':').partition(':')
+    if not re.fullmatch(r'\w[\w.]*:\w+', f'{module}:{name}'):
         raise InputError(f'There is no model {kind!r}; there are {", ".join(MODELS)}, and your own as module:Class.')
     own = module.partition('.')[0] != 'histogene_nb' and os.getcwd() not in sys.path
     if own: sys.path.append(os.getcwd())                            # last: nothing there stands in for what is installed

@@ -13,7 +13,7 @@ from .patches import extract_patches
 # %% ../nbs/models/small_cnn.ipynb #5588b48c
 class SmallCNN(SpotModel):
     "Three convolutions on a spot and its surroundings"
-    name = 'small CNN'
+    name, usual = 'small CNN', dict(epochs=100, lr=1e-3)                              # what it is called; how it is trained, unless told otherwise
     def __init__(self,
         n_genes:int, # genes to predict
         px:int=32, # side of a patch in the tensor
