@@ -1,4 +1,4 @@
-"Bad input, downloads and the facts of the real sections: `histogene_nb.sections`"
+"Bad input, downloads and the facts of the real sections: `histogene_nb.sections`, `histogene_nb.her2st`"
 import errno, gzip, os, shutil, subprocess, sys, threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -113,6 +113,22 @@ def test_large_image_is_opened_and_the_limit_put_back(tmp_path, monkeypatch, rec
 def test_section_name(toy):
     toy.uns['spatial']['T2'] = {}
     refused("has 2: \\['T1', 'T2'\\]", section_name, toy)
+
+def test_place(toy, args):
+    "What is looked up is the section's own, also where another program left parts out; what is missing is named"
+    at, info = place(toy), toy.uns['spatial']['T1']
+    assert at == ('T1', 20., info['images'], info['scalefactors'], info['metadata'], str(args['image_path']))
+    at.images['hires'] = np.zeros((2, 2, 3), np.uint8)
+    assert info['images'] is at.images and place(new_section(**args | dict(image_path=None))).path is None
+    toy.uns['spatial']['T1'] = dict(scalefactors=dict(spot_diameter_fullres=np.float32(7)))
+    assert place(toy) == ('T1', 7., {}, {'spot_diameter_fullres': 7.}, {}, None) and place(toy).images is place(toy).images
+
+@pytest.mark.parametrize('info,match', [
+    ({}, 'spot_diameter_fullres.* is missing'), (dict(scalefactors=dict(spot_diameter_fullres='wide')), 'is wide; it is the width'),
+    (dict(scalefactors=dict(spot_diameter_fullres=None)), 'is None'), ('text', "uns\\['spatial'\\]\\['T1'\\] does not hold images"), (dict(metadata=3), 'does not hold')])
+def test_place_of_what_is_no_section(toy, info, match):
+    toy.uns['spatial']['T1'] = info
+    refused(match, place, toy)
 
 # --- reading the layout
 
