@@ -166,7 +166,7 @@ def section_name(
                          'new_section make them.')
     return names[0]
 
-# %% ../nbs/library/00_sections.ipynb #20db5308
+# %% ../nbs/library/00_sections.ipynb #a5263698
 class Place(NamedTuple):
     "What `uns['spatial']` holds of a section; the dictionaries are the section's own, so they can be filled"
     name:str # of the section
@@ -176,6 +176,7 @@ class Place(NamedTuple):
     metadata:dict # source_image_path, image_width, image_height, where the section has a photograph
     path:str|None # of the full-resolution photograph
 
+# %% ../nbs/library/00_sections.ipynb #efaf6823
 def place(
     section:AnnData, # one section
 )->Place: # its name, the diameter of a spot, and what is known of its image
