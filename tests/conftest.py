@@ -61,9 +61,14 @@ def wait_for(event, limit=1800):
         assert time.monotonic() - start < limit, f'nothing happened in {limit} s'
         time.sleep(.02)
 
+def exports(path):
+    "The module that a notebook defines, or None"
+    found = [m[1] for c in cells(path) if (m := re.search(r'^#\| *default_exp (\S+)', c['source'], re.M))]
+    return found[0] if found else None
+
 def reads_counts(path):
     "Whether a notebook works on the real counts, which it downloads where they are not there"
-    return path.parent.name != 'library' and any('download_her2st(' in c['source'] for c in cells(path))
+    return not exports(path) and any('download_her2st(' in c['source'] for c in cells(path))
 
 def name(path): return str(path.relative_to(root/'nbs').with_suffix(''))
 

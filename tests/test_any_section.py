@@ -3,7 +3,7 @@ import anndata as ad, numpy as np, pytest
 from PIL import Image
 from histogene_nb.commands import histogene_plot, histogene_predict, histogene_train
 from histogene_nb.crossval import write_h5ad
-from histogene_nb.model import from_pretrained, save_pretrained
+from histogene_nb.interface import from_pretrained, save_pretrained, predict
 from histogene_nb.position import array_steps, fit_grid, grid_positions, spot_positions
 from histogene_nb.files import InputError
 from histogene_nb.sections import new_section, section_name
@@ -11,7 +11,7 @@ from histogene_nb.superres import predict_image, predict_superres
 from histogene_nb.stnet import load_lite0
 from histogene_nb.texture import Textures, texture_numbers
 from histogene_nb.tissue import synthetic_section
-from histogene_nb.training import predict, train
+from histogene_nb.model import HisToGene
 
 TINY = dict(epochs=2, lr=1e-3, dim=32, depth=1, heads=2)
 
@@ -37,7 +37,7 @@ def test_positions_by_place_on_another_array(made, capsys):
     d = 38.
     real = (hexagonal.obsm['spatial'] - hexagonal.obsm['spatial'].min(0))/d/array_steps(trained)          # in the model's steps
     assert np.abs(positions.numpy() - real).max() <= .51 and (positions != grid_positions(hexagonal, 128)).any()
-    assert (model.inputs(hexagonal)[1] == positions).all()
+    assert (model.look(hexagonal)[1] == positions).all()
     histogene_predict(str(folder/'model'), str(folder/'H1.h5ad'), out=str(folder/'H1_predicted.h5ad'))
     said = capsys.readouterr().out
     assert 'positions are places' in said and f'{array_steps(fit_grid(hexagonal))[0]:.2f}' in said
@@ -49,10 +49,10 @@ def test_the_same_array_keeps_its_positions(made):
     square, model = made['square'], made['model']
     scan = square.copy()                                                     # a third finer, as patient A's scans are to the others of the HER2+ data
     scan.uns['spatial']['X1']['scalefactors']['spot_diameter_fullres'] = 112*1.33
-    for s in (square, scan): assert (model.inputs(s)[1] == grid_positions(s)).all()
+    for s in (square, scan): assert (model.look(s)[1] == grid_positions(s)).all()
 
 def test_two_kinds_of_arrays_are_not_trained_together(made):
-    with pytest.raises(InputError, match='X1 and H1 are on different kinds of arrays'): train([made['square'], made['hexagonal']], made['model'].about['genes'], **TINY)
+    with pytest.raises(InputError, match='X1 and H1 are on different kinds of arrays'): HisToGene.train_on([made['square'], made['hexagonal']], made['model'].about['genes'], **TINY)
 
 def test_a_picture_in_the_file_is_all_that_is_needed(made, tmp_path):
     square = made['square'].copy()
@@ -84,7 +84,7 @@ def test_one_tile_is_one_sequence_and_many_share_out_all(made):
     assert np.corrcoef(many.X.ravel(), predict(model, square).X.ravel())[0, 1] > .9
 
 def test_an_image_of_more_positions_than_the_model_has(made, tmp_path):
-    model, _ = train([made['square']], made['model'].about['genes'], n_pos=16, **TINY)
+    model, _ = HisToGene.train_on([made['square']], made['model'].about['genes'], n_pos=16, **TINY)
     save_pretrained(model, tmp_path/'model')
     path = made['square'].uns['spatial']['X1']['metadata']['source_image_path']
     with pytest.raises(InputError, match='beyond the model.*tile'): predict_image(model, path, 40)

@@ -10,9 +10,10 @@ from conftest import wait_for
 from histogene_nb.commands import histogene_predict, histogene_train
 from histogene_nb.crossval import write_h5ad
 from histogene_nb.cscc import read_cscc
-from histogene_nb.evaluation import html_report
+from histogene_nb.report import html_report
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel, variable_genes
-from histogene_nb.model import HisToGene, from_pretrained, save_pretrained
+from histogene_nb.model import HisToGene
+from histogene_nb.interface import from_pretrained, save_pretrained, predict, run_model
 from histogene_nb.patches import extract_patches
 from histogene_nb.readers import read_section
 from histogene_nb.position import grid_positions
@@ -20,9 +21,9 @@ from histogene_nb.files import InputError
 from histogene_nb.her2st import read_her2st
 from histogene_nb.sections import add_hires, section_name
 from histogene_nb.superres import predict_image, predict_superres, recover_spots
-from histogene_nb.texture import train_texture
+from histogene_nb.texture import TextureModel
 from histogene_nb.tissue import synthetic_section
-from histogene_nb.training import fit, predict, run_model, train, training_example
+from histogene_nb.training import fit, training_example
 
 TINY = dict(dim=16, depth=1, heads=2)
 
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
     sections = [synthetic_section(folder, n, px=1200) for n in ('X1', 'Y1')]
     for s in sections: write_h5ad(s, folder/f'{section_name(s)}.h5ad')
     panel = select_panel(sections, n_top=40, min_spots=20)
-    model, _ = train(sections, panel, epochs=1, lr=1e-3, **TINY)
+    model, _ = HisToGene.train_on(sections, panel, epochs=1, lr=1e-3, **TINY)
     save_pretrained(model, folder/'model')
     return dict(folder=folder, sections=sections, panel=panel, model=model)
 
@@ -53,7 +54,7 @@ def saved(made, tmp_path): return Path(shutil.copytree(made['folder']/'model', t
 def other_model(made):
     "Of the same shape as `model`, for other genes"
     genes = [g for g in made['sections'][0].var_names if g not in made['panel']][:len(made['panel'])]
-    return train(made['sections'], genes, epochs=1, lr=1e-3, seed=1, **TINY)[0]
+    return HisToGene.train_on(made['sections'], genes, epochs=1, lr=1e-3, seed=1, **TINY)[0]
 
 def refused(match, f, *args, **kwargs):
     with pytest.raises(InputError, match=match) as e: f(*args, **kwargs)
@@ -215,7 +216,7 @@ def test_no_gene_in_common(made, section, model):
     refused("X1: none of the panel's .* genes is in this section. Do both use gene symbols", normalize, foreign, made['panel'])
     refused('No gene is common to the 2 sections', common_genes, [section, foreign])
     refused('No gene is common to the 2 sections', select_panel, [section, foreign])
-    refused("X1: none of the panel's", train, [foreign], made['panel'], **TINY)
+    refused("X1: none of the panel's", HisToGene.train_on, [foreign], made['panel'], **TINY)
 
 def test_no_gene_in_common_with_the_model(made, section, saved, tmp_path):
     section.var_names = [f'ENSG{i:011}' for i in range(section.n_vars)]
@@ -228,7 +229,7 @@ def test_panel_gene_missing(made, section, panel):
     less = section[:, [g for g in section.var_names if g != panel[4]]].copy()
     message = refused(f'X1: gene {panel[4]} of the panel is not in this section', normalize, less, panel)
     assert 'common_genes' in message
-    refused(f'X1: gene {panel[4]} of the panel', train, [made['sections'][1], less], panel, **TINY)
+    refused(f'X1: gene {panel[4]} of the panel', HisToGene.train_on, [made['sections'][1], less], panel, **TINY)
 
 def test_no_counts_in_a_spot(section, panel):
     X = section.X.toarray(); X[3] = 0
@@ -279,8 +280,9 @@ def test_position_beyond_n_pos(made, section, saved):
     far.obs['array_col'] += 60
     message = refused(r'X1: position \(x=6\d, y=\d\) is beyond .* 64 positions', predict, made['model'], far)
     assert 'larger n_pos' in message
-    refused('X1: position .* beyond', train, [far], made['panel'], epochs=1, **TINY)
-    refused(r'X1: position .* beyond .* 2 positions, 0 to 1', train, [section], made['panel'], epochs=1, n_pos=2, **TINY)
+    for sections,n_pos in (([far], 64), ([section], 2)):
+        refused(f'X1: position .* beyond .* {n_pos} positions, 0 to {n_pos-1}', HisToGene.train_on, sections, made['panel'], epochs=1, n_pos=n_pos, **TINY)
+    assert HisToGene.suited([far])['n_pos'] > 64 == HisToGene.suited([section])['n_pos']
     refused('X1: position .* beyond', predict_superres, made['model'], far)
     refused('X1: position .* beyond', grid_positions, far, 64)
 
@@ -346,7 +348,7 @@ def test_model_of_another_shape(saved, panel):
 @pytest.fixture(scope='module')
 def texture_folder(made, tmp_path_factory):
     "A small texture model"
-    model, _ = train_texture(made['sections'], made['panel'], rank=2, alpha=1., steps=20, windows=(1., 2.), size=32, views=1, members=1, dim=16, depth=1, heads=2)
+    model, _ = TextureModel.train_on(made['sections'], made['panel'], rank=2, alpha=1., steps=20, windows=(1., 2.), size=32, views=1, members=1, dim=16, depth=1, heads=2)
     return save_pretrained(model, tmp_path_factory.mktemp('texture'))
 
 @pytest.fixture
@@ -374,10 +376,10 @@ def test_weights_of_another_kind(saved, saved_texture):
         refused('weights .* (are missing|belong to no part)', from_pretrained, b)
         shutil.copy(weights, b/'model.safetensors')
 
-@pytest.mark.parametrize('options,match', [(dict(steps=19), 'steps is 20 or more'), (dict(lr=0), 'lr above 0'), (dict(views=9), 'views is 1 to'), (dict(members=-1), 'members 0 or more'), (dict(windows=()), 'windows are one or more'), (dict(windows=(0., 1.)), 'windows are one or more, each above 0'),
+@pytest.mark.parametrize('options,match', [(dict(steps=19), 'steps is 20 or more'), (dict(lr=0), 'lr above 0'), (dict(views=9), 'views is 1 to'), (dict(members=-1), 'members 0 or more'), (dict(windows=()), 'windows above 0'), (dict(windows=(0., 1.)), 'windows above 0'),
                                            (dict(rank=0), 'rank'), (dict(rank=-2), 'rank'), (dict(alpha=0.), 'alpha'), (dict(alpha=-1.), 'alpha'), (dict(alpha=np.nan), 'alpha'), (dict(size=0), 'size')])
 def test_impossible_texture_training(made, options, match):
-    refused(match, train_texture, made['sections'], made['panel'], **{**dict(steps=20, windows=(1.,), size=32, views=1, members=1, rank=2, alpha=1.), **options})
+    refused(match, TextureModel.train_on, made['sections'], made['panel'], **{**dict(steps=20, windows=(1.,), size=32, views=1, members=1, rank=2, alpha=1.), **options})
 
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
 def test_file_of_the_model_missing(saved, name):
@@ -393,7 +395,7 @@ def test_impossible_models(options): refused(next(iter(options)), HisToGene, **{
 def test_patches_and_positions_of_other_shapes(model):
     patches, positions = torch.zeros(4, 3, 112, 112, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.long)
     for p,q,match in ((patches[:3], positions, 'positions'), (patches[..., :100], positions, 'positions.*Cut them with size=112'), (patches, positions[:, :1], 'positions'), (patches, positions + 64, 'positions.*larger n_pos'), (patches, positions - 1, 'positions')):
-        with pytest.raises(InputError, match=match): run_model(model, p, q)
+        with pytest.raises(InputError, match=match): run_model(model, (p, q))
 
 # --- training
 
@@ -463,10 +465,10 @@ def test_device_that_is_not_there(made, section, device):
 
 def test_section_given_twice(made):
     x, y = made['sections']
-    refused('Section X1 is among the training sections 2 times', train, [x, y, x.copy()], made['panel'], epochs=1, **TINY)
+    refused('Section X1 is among the training sections 2 times', HisToGene.train_on, [x, y, x.copy()], made['panel'], epochs=1, **TINY)
 
 def test_seeds_of_any_size(made):
-    def losses(seed): return train(made['sections'], made['panel'], epochs=2, lr=1e-3, seed=seed, device='cpu', **TINY)[1]
+    def losses(seed): return HisToGene.train_on(made['sections'], made['panel'], epochs=2, lr=1e-3, seed=seed, device='cpu', **TINY)[1]
     seeds = [0, 1, -1, 10**15, 10**15 + 1, 10**30]
     found = [losses(s) for s in seeds]
     assert len({tuple(f) for f in found}) == len(seeds) and losses(10**15) == found[3]
@@ -476,13 +478,13 @@ def test_nothing_to_train_on(made): refused('There is no section to train on', f
 RUN = """import sys, torch
 from pathlib import Path
 from histogene_nb.readers import read_section
-from histogene_nb.model import save_pretrained
-from histogene_nb.training import train
+from histogene_nb.interface import save_pretrained
+from histogene_nb.model import HisToGene
 folder, out, checkpoint = (Path(a) for a in sys.argv[1:4])
 sections = [read_section(str(folder/f'{n}.h5ad')) for n in ('X1', 'Y1')]
 genes = list(sections[0].var_names[:30])
 torch.set_num_threads(1)
-model, losses = train(sections, genes, epochs=int(sys.argv[4]), lr=1e-3, device='cpu', checkpoint=checkpoint if str(checkpoint) != '-' else None, every=0, dim=16, depth=1, heads=2)
+model, losses = HisToGene.train_on(sections, genes, epochs=int(sys.argv[4]), lr=1e-3, device='cpu', checkpoint=checkpoint if str(checkpoint) != '-' else None, every=0, dim=16, depth=1, heads=2)
 save_pretrained(model, out)
 print(losses)
 """
@@ -644,7 +646,7 @@ def test_model_is_still_itself_after_a_failed_save(made, other_model, saved, mon
 def test_limit_on_the_size_of_files(made, tmp_path):
     "What a quota does: the write itself fails, in another process"
     resource = pytest.importorskip('resource')
-    code = ('import sys, resource, signal; from histogene_nb.crossval import write_h5ad; from histogene_nb.readers import read_section; from histogene_nb.model import *; from histogene_nb.sections import InputError\n'
+    code = ('import sys, resource, signal; from histogene_nb.crossval import write_h5ad; from histogene_nb.readers import read_section; from histogene_nb.interface import *; from histogene_nb.sections import InputError\n'
             'section, model = read_section(sys.argv[1]), from_pretrained(sys.argv[2])\n'
             'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n'
             'for save in (lambda: save_pretrained(model, sys.argv[3]), lambda: write_h5ad(section, sys.argv[3] + "/s.h5ad")):\n'

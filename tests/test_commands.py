@@ -7,7 +7,7 @@ from conftest import needs_images, wait_for
 from safetensors.torch import load_file
 from histogene_nb.commands import histogene_download, histogene_predict, histogene_train
 from histogene_nb.crossval import write_h5ad
-from histogene_nb.model import from_pretrained
+from histogene_nb.interface import from_pretrained
 from histogene_nb.readers import read_section
 from histogene_nb.files import InputError
 from histogene_nb.her2st import write_her2st
@@ -116,8 +116,8 @@ def test_texture_model(files, tmp_path):
         a = ad.read_h5ad(tmp_path/f'{kind}.h5ad')
         assert a.uns['histogene']['predicted_by'] == name and list(a.var_names) == net.about['genes'] and np.isfinite(a.X).all() and a.X.std(0).max() > 0
     assert list(json.loads((tmp_path/'4x.json').read_text())['results']) == ['texture*']
-    for args,said in ((['--model', 'texture', '--epochs', '3'], '--epochs is a setting of HisToGene'), (['--model', 'resnet'], "There is no model 'resnet'"),
-                      (['--array-from', files/'X2.h5ad'], '--array-from is a setting of the texture model'), (['--model', 'texture', '--array-from', files/'X1.h5ad'], 'X1.h5ad is both trained on and given to --array-from')):
+    for args,said in ((['--model', 'texture', '--epochs', '3'], '--epochs is no setting of texture'), (['--model', 'resnet'], "There is no model 'resnet'"),
+                      (['--array-from', files/'X2.h5ad'], '--array-from is no setting of HisToGene'), (['--model', 'texture', '--array-from', files/'X1.h5ad'], 'X1.h5ad is both trained on and given to --array-from')):
         p = finish(start('histogene_train', files/'X1.h5ad', '--out', tmp_path/'other', *rule, *args))
         assert p.returncode == 1 and said in p.err and 'Traceback' not in p.err and not (tmp_path/'other').exists()
 

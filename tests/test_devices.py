@@ -4,7 +4,7 @@
 import copy, json, os
 import numpy as np, pytest, torch
 import forks, pretend
-from conftest import name, notebooks, root
+from conftest import exports, name, notebooks, root
 from pretend import Pretended
 from torch import nn
 from torch.nn import functional as F
@@ -174,7 +174,7 @@ def store(tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     return (shared.parent if 'PYTEST_XDIST_WORKER' in os.environ else shared)/'tissue'
 
-PAGES = [p for p in notebooks() if p.parent.name == 'library' or p.parent == root/'nbs' or p.stem.endswith('_solutions')]
+PAGES = [p for p in notebooks() if exports(p) or p.stem in ('index', 'tour') or p.stem.endswith('_solutions')]
 
 @pytest.mark.devices
 @pytest.mark.parametrize('path', PAGES, ids=name)

@@ -1,8 +1,10 @@
-"Several sections a step, several processes, one of them killed; and random numbers stay as they were. That two processes do what one does is seen in library/12_commands"
+"Several sections a step, several processes, one of them killed; and random numbers stay as they were. That two processes do what one does is seen in runs/commands"
 import json, subprocess, sys
 import psutil, pytest, torch
 from histogene_nb.crossval import write_h5ad
-from histogene_nb.model import HisToGene, from_pretrained, read_tensors
+from histogene_nb.model import HisToGene
+from histogene_nb.interface import from_pretrained
+from histogene_nb.tensors import read_tensors
 from histogene_nb.files import InputError
 from histogene_nb.tissue import synthetic_section
 from histogene_nb.training import fit
@@ -43,7 +45,7 @@ def test_a_process_is_killed(files, tmp_path):
 
 def test_mistakes(files, tmp_path):
     "One line that says what to mend, among what torchrun says, and nothing written"
-    for args,said in (([*files, '--batch', 1], 'batch, the sections a step, is 2 or more'), ([files[0], '--model', 'texture'], 'texture model trains in one process')):
+    for args,said in (([*files, '--batch', 1], 'batch, the sections a step, is 2 or more'), ([files[0], '--model', 'texture'], 'texture trains in one process')):
         process = finish(torchrun(*args, '--out', tmp_path/'model', *(TINY if '--model' not in args else TINY[-4:])))
         assert process.returncode != 0 and 'histogene_train' in process.err and said in process.err
         assert 'histogene_nb/' not in process.err, 'a traceback of ours'

@@ -8,7 +8,8 @@ from scipy import sparse
 if os.name != 'posix': pytest.skip('there is no SIGKILL here', allow_module_level=True)
 import kills
 from histogene_nb.measures import morans_i
-from histogene_nb.model import from_pretrained, read_tensors, save_pretrained, save_tensors
+from histogene_nb.interface import from_pretrained, save_pretrained
+from histogene_nb.tensors import read_tensors, save_tensors
 from histogene_nb.files import InputError
 
 pytestmark = pytest.mark.xdist_group('kills')

@@ -6,10 +6,12 @@ import numpy as np, pytest, torch
 from histogene_nb import training
 from histogene_nb.devices import all_digits, attend, gradient_scaler, in_blocks
 from histogene_nb.files import InputError
-from histogene_nb.model import HisToGene, read_tensors
+from histogene_nb.model import HisToGene
+from histogene_nb.tensors import read_tensors
 from histogene_nb.texture import _ridge
 from histogene_nb.stnet import STNet, spot_batches
-from histogene_nb.training import fit, run_model
+from histogene_nb.training import fit
+from histogene_nb.interface import run_model
 
 TINY = dict(n_genes=12, patch_size=16, dim=32, depth=2, heads=4)
 
@@ -70,14 +72,14 @@ def test_st_net_where_one_spot_is_left_over():
     "Batch normalisation takes no batch of one"
     torch.manual_seed(0)
     model = STNet(4, 'efficientnet_lite0', pretrained=False, patch_size=32)
-    example = (torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8), torch.empty(9, 0), torch.randn(9, 4))
+    example = (torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8), torch.randn(9, 4))
     losses = fit(model, [example], epochs=2, lr=1e-3, device='cpu', progress=False, one_pass=partial(spot_batches, batch_size=4))
     assert np.isfinite(losses).all()
 
 def test_a_prediction_out_of_float16s_range(monkeypatch):
     model, (patches, positions, _) = fresh(), examples()[0]
     monkeypatch.setattr(model, 'forward', lambda *_: torch.full((40, 12), float('inf')))
-    with pytest.raises(InputError, match='range of float16.*precision=float32'): run_model(model, patches, positions, 'cpu', 'float16')
+    with pytest.raises(InputError, match='range of float16.*precision=float32'): run_model(model, (patches, positions), 'cpu', 'float16')
 
 def test_textures_take_all_digits_and_leave_settings_alone():
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -91,7 +93,7 @@ def test_heads_are_float32():
     "Predictions of spots that differ little do not fall together"
     model, (patches, positions, _) = fresh(), examples()[0]
     model.head[1].bias.data.fill_(5.); model.head[1].weight.data.mul_(.1)
-    full, half = (run_model(model, patches, positions, 'cpu', p) for p in ('float32', 'bfloat16'))
+    full, half = (run_model(model, (patches, positions), 'cpu', p) for p in ('float32', 'bfloat16'))
     rounded = torch.from_numpy(full).bfloat16().float().numpy()
     assert len(np.unique(half[:, 0])) == 40 > 2*len(np.unique(rounded[:, 0]))
     assert 0 < np.abs(half - full).max() < np.abs(rounded - full).max()
@@ -114,11 +116,11 @@ def test_too_little_memory(error, monkeypatch):
     model, (patches, positions, targets) = fresh(), examples()[0]
     def forward(*_): raise error
     monkeypatch.setattr(model, 'forward', forward)
-    with pytest.raises(InputError, match=r'A sequence of 40 patches takes more memory than .* has: 6.*are free\. Predict in tiles \(tile=40, or --tile 40\)'): run_model(model, patches, positions, 'cpu')
+    with pytest.raises(InputError, match=r'A sequence of 40 patches takes more memory than .* has: 6.*are free\. Predict in tiles \(tile=40, or --tile 40\)'): run_model(model, (patches, positions), 'cpu')
     with pytest.raises(InputError, match='Training takes more memory'): fit(model, [(patches, positions, targets)], epochs=1, device='cpu', progress=False)
     def broken(*_): raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
     monkeypatch.setattr(model, 'forward', broken)
-    with pytest.raises(RuntimeError, match='shapes'): run_model(model, patches, positions, 'cpu')
+    with pytest.raises(RuntimeError, match='shapes'): run_model(model, (patches, positions), 'cpu')
 
 def test_a_whole_model_with_attention_in_blocks(monkeypatch):
     "As on a device without a kernel for it: the same predictions and gradients"

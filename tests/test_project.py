@@ -3,7 +3,7 @@ import ast, importlib, inspect, json, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 from fastcore.docments import docments
-from conftest import cells, name, notebooks, root
+from conftest import cells, exports, name, notebooks, root
 from run_notebooks import stale
 
 made = 'settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml nbs histogene_nb'.split()
@@ -42,9 +42,7 @@ def test_in_sync(copy):
 
 def test_modules_have_notebooks():
     "Nothing is in the library that no notebook exports: a renamed notebook leaves its old module behind."
-    exported = {re.search(r'^#\| *default_exp (\S+)', c['source'], re.M)[1] for p in notebooks('library') for c in cells(p)
-                if re.search(r'^#\| *default_exp (\S+)', c['source'], re.M)}
-    assert exported == set(modules)
+    assert {exports(p) for p in notebooks()} - {None} == set(modules)
 
 def test_readme():
     import readme
@@ -63,8 +61,8 @@ def test_readme_from_cells():
     assert blocks(code('#| label: idea\n#| fig-alt: "An idea."\nx', output_type='display_data', data={'image/png': ''}))[1] == '![An idea.](nbs/images/idea.png)'
     assert blocks(code('x', output_type='execute_result', data={'image/png': '', 'text/plain': '<Figure>'})) == ['```python\nx\n```']
     assert blocks(dict(cell_type='raw', source='---\na: 1\n---')) == []
-    page = dict(cell_type='markdown', source='[a](library/01_tissue.ipynb#x) [b](https://other/c.ipynb)')
-    assert blocks(page) == ['[a](https://site/library/tissue.html#x) [b](https://other/c.ipynb)']
+    page = dict(cell_type='markdown', source='[a](tissue/tissue.ipynb#x) [b](https://other/c.ipynb)')
+    assert blocks(page) == ['[a](https://site/tissue/tissue.html#x) [b](https://other/c.ipynb)']
 
 
 # ---- the wheel
@@ -120,7 +118,7 @@ def test_outputs_are_of_this_code(path): assert not stale(path), f'{name(path)}:
 def test_stale_outputs_are_found(copy, monkeypatch):
     "A change of a notebook, of a module that it uses by way of another, or of results that it shows; not of anything else"
     monkeypatch.setattr('run_notebooks.library', copy/'histogene_nb')
-    page, module, results = copy/'nbs'/'beyond'/'05_leakage.ipynb', copy/'histogene_nb'/'sections.py', copy/'histogene_nb'/'results'
+    page, module, results = copy/'nbs'/'judging'/'leakage.ipynb', copy/'histogene_nb'/'sections.py', copy/'histogene_nb'/'results'
     def after(file, change):
         before = file.read_text(encoding='utf-8')
         file.write_text(change(before), encoding='utf-8')
@@ -183,7 +181,7 @@ def missing(f, label):
 
 @all_modules
 def test_described(module):
-    "Each exported function has a docstring and a comment beside each parameter; of classes, how one is made and its methods' docstrings."
+    "Each exported function has a docstring and a comment beside each parameter; of classes, how one is made and its methods' docstrings, or those of what they override."
     mod, gaps = importlib.import_module(f'histogene_nb.{module}'), []
     for nm in mod.__all__:
         o = getattr(mod, nm)
@@ -193,5 +191,5 @@ def test_described(module):
             for k, f in vars(o).items():
                 if not inspect.isfunction(f): continue
                 if k == '__init__': gaps += [g for g in missing(f, nm) if not g.endswith('docstring')]
-                elif not k.startswith('_') and not (f.__doc__ or '').strip(): gaps.append(f'{nm}.{k}: docstring')
+                elif not k.startswith('_') and not (inspect.getdoc(getattr(o, k)) or '').strip(): gaps.append(f'{nm}.{k}: docstring')
     if gaps: pytest.fail(f'{module}: not described are\n' + '\n'.join(gaps), pytrace=False)

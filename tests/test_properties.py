@@ -493,7 +493,7 @@ def test_texture_model(positions, seed):
     with torch.no_grad(): assert torch.allclose(model(numbers[by], positions[by]), model(numbers, positions)[by], atol=1e-9)
     table = model.yields.numpy()
     known = [table[x, y] if 0 <= x < 4 and 0 <= y < 3 else 0 for x,y in positions.tolist()]
-    assert (model.known(model.yields, positions).numpy() == known).all() and (at_positions(table, positions.numpy()) == known).all()
+    assert (model.on_table(model.yields, positions).numpy() == known).all() and (at_positions(table, positions.numpy()) == known).all()
 
 # --- scales, panels, measures
 

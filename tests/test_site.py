@@ -1,7 +1,8 @@
 """The site that `make docs` builds: complete, and readable without a network from any folder."""
 import json, re
+from html import unescape
 import pytest, yaml
-from build_site import listed
+from build_site import listed, table, with_scopes
 from check_site import Page, check_site
 from conftest import cells, name, notebooks, page_of, root
 from nbdev.config import get_config
@@ -69,19 +70,60 @@ def test_search_index(site):
 
 def test_api(site):
     "An exported function has an entry with a table of its parameters, and its code."
-    html = (site/'library/her2st.html').read_text(encoding='utf-8')
+    html = (site/'tissue/her2st.html').read_text(encoding='utf-8')
     entry = html[html.index('id="read_her2st"'):]
-    assert '<th>Parameter</th>' in entry and 'Exported source' in entry
-    assert not [p.name for p in (site/'library').glob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
+    assert '<th scope="col">Parameter</th>' in entry and '<th scope="row"><code>root</code></th>' in entry
+    assert 'Exported source' in entry
+    assert not [p.name for p in site.rglob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
 
 def test_what_is_folded(site):
     "Code of private names alone is folded, with its names, and what says `#| fold`; all other exported code is open."
     folds = [f for p in site.rglob('*.html') for f in re.findall(r'<details( open="")? class="code-fold">\s*<summary>(Exported source[^<]*)', p.read_text(encoding='utf-8'))]
     assert all(bool(is_open) == (summary == 'Exported source') for is_open,summary in folds)
     assert ('', 'Exported source: _counts_in_X, _settle, _read_h5ad') in folds
-    said = {n for p in notebooks('library') for c in cells(p) if re.search(r'^#\| *fold$', c['source'], re.M) for n in re.findall(r'^(?:def|class) +(\w+)', c['source'], re.M)}
+    said = {n for p in notebooks() for c in cells(p) if re.search(r'^#\| *fold$', c['source'], re.M) for n in re.findall(r'^(?:def|class) +(\w+)', c['source'], re.M)}
     shown = {n for _,s in folds for n in s.partition(': ')[2].split(', ') if n}
     assert 'read_her2st' in said and {n for n in shown if not n.startswith('_')} == {n for n in said if not n.startswith('_')}
+
+def test_glossary(site):
+    "Words are targets of links, listed on top, in order; each leads to a page; references have addresses."
+    text = ''.join(c['source'] + '\n\n' for c in cells(root/'nbs'/'glossary.ipynb', 'markdown'))
+    entries, references = text.split('## References')
+    top = ' '.join(entries.partition('\n## ')[0].split())
+    listed = re.findall(r'\[([^\]]+)\]\((#[^)]+)\)', top)
+    explained = dict(re.findall(r'^### (.+)\n\n((?:.+\n)+)', entries, re.M))
+    assert [w for w,_ in listed] == sorted(explained, key=str.lower)
+    assert len({a for _,a in listed}) == len(listed) > 40
+    assert not [w for w,said in explained.items() if not re.search(r'\]\(\w+/\w+\.ipynb\)$', said.rstrip())]
+    html = unescape((site/'glossary.html').read_text(encoding='utf-8')).replace('’', "'")
+    headings = dict(re.findall(r'<h3[^>]* data-anchor-id="([^"]+)"[^>]*>(.*?)</h3>', html))
+    assert all(headings[a[1:]] == w.replace('\\', '') and f'id="{a[1:]}"' in html for w,a in listed)
+    items = re.findall(r'^- (?:.+\n)(?:  .+\n)*', references, re.M)
+    addressed = [i for i in items if re.search(r'\]\(https://(doi\.org/10\.|arxiv\.org/abs/)', i)]
+    assert len(items) > 10 and addressed == items
+
+def test_skip_link(site):
+    "The first thing that the keyboard reaches on each page is a link past navigation, to the text."
+    for path in notebooks():
+        body = (site/page_of(path)).read_text(encoding='utf-8').partition('<body')[2]
+        first = re.search(r'<(?:a|button|input|select|summary)\b.*?>', body)[0]
+        assert 'href="#quarto-document-content"' in first, name(path)
+        assert re.search(r'<main [^>]*id="quarto-document-content"', body)
+
+@pytest.mark.parametrize('before, after', [
+    ('<thead><tr><th></th><th style="a">r</th></tr></thead><tr><th>C2</th><td>0.1</td></tr>',
+     '<thead><tr><td></td><th style="a" scope="col">r</th></tr></thead><tr><th scope="row">C2</th><td>0.1</td></tr>'),
+    ('<thead><tr><th class="a" >&nbsp;</th><th colspan="2">r</th></tr></thead>',
+     '<thead><tr><td class="a" >&nbsp;</td><th colspan="2" scope="colgroup">r</th></tr></thead>'),
+    ('<thead></thead><tr><th rowspan="2">C</th><th>C2</th></tr>',
+     '<thead></thead><tr><th rowspan="2" scope="rowgroup">C</th><th scope="row">C2</th></tr>'),
+    ('<thead><tr><th>Parameter</th></tr></thead><tr>\n<td><code>q</code></td><td>b</td></tr>',
+     '<thead><tr><th scope="col">Parameter</th></tr></thead><tr>\n<th scope="row"><code>q</code></th><td>b</td></tr>'),
+    ('<thead><tr><th scope="row">a</th></tr></thead><tr><td>b</td></tr>', None)])
+def test_scopes(before, after):
+    "Headers of columns, of rows, over several, and parameters; not those that say so, nor what a script holds"
+    assert table.sub(with_scopes, f'<table>{before}</table>') == f'<table>{after or before}</table>'
+    assert table.sub(with_scopes, script := f'<script>"<table>{before}</table>"</script>') == script
 
 @pytest.mark.parametrize('html, fault', [
     ('<a href="gone.html">', 'gone.html is not there'),
@@ -95,6 +137,8 @@ def test_what_is_folded(site):
     ('<style>@font-face{src:url(https://example.org/a.woff2)}</style>', 'loads https://example.org/a.woff2'),
     ('<script type="module">import a from "https://example.org/a.mjs"</script>', 'loads https://example.org/a.mjs'),
     ('<link rel="stylesheet" href="a.css">', 'loads https://fonts.example.org/b'),
+    ('<table><thead><tr><th>r</th></tr></thead></table>', '1 headers of tables'),
+    ('<table><thead><tr><th scope="col">r</th></tr></thead></table>', None),
     ('<a href="https://example.org"><img src="data:image/png;base64,AA=="><a href="?q#top"><code>[a](b)</code>', None)])
 def test_checker(tmp_path, html, fault):
     "The checker finds each kind of fault, and lets links to other sites be."

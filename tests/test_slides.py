@@ -193,7 +193,8 @@ def test_a_slide_of_40_000_pixels(tmp_path):
     assert slide.stat().st_size < 600e6
     (*_, text), memory = measured("""
 import torch
-from histogene_nb.model import HisToGene, save_pretrained
+from histogene_nb.model import HisToGene
+from histogene_nb.interface import save_pretrained
 from histogene_nb.commands import histogene_predict
 net = HisToGene(n_genes=785, dim=256, depth=2, heads=8)
 net.about = dict(genes=[f'g{i}' for i in range(785)], normalization='paper', grid=[[.4, 0.], [0., .4], [0., 0.]])
@@ -353,7 +354,8 @@ def test_micrometres_of_a_pixel(tmp_path, options, mpp):
 
 def test_micrometres_of_a_spot(tmp_path):
     from histogene_nb.commands import histogene_predict
-    from histogene_nb.model import HisToGene, save_pretrained
+    from histogene_nb.model import HisToGene
+    from histogene_nb.interface import save_pretrained
     rng = np.random.default_rng(0)
     pixels = np.full((1000, 1200, 3), 244, np.uint8)
     pixels[300:700, 300:900] = rng.integers(0, 255, (400, 600, 3))

@@ -21,7 +21,8 @@ from histogene_nb.model import HisToGene
 from histogene_nb.position import fit_grid, pixel_positions
 from histogene_nb.patches import cache_file, dense_grid, extract_patches
 from histogene_nb.superres import predict_superres, section_mask
-from histogene_nb.training import fit, one_pass, run_model, training_example
+from histogene_nb.training import fit, one_pass, training_example
+from histogene_nb.interface import run_model
 import histogene_nb
 
 SECTIONS = ['B4', 'C2', 'C3', 'C4', 'C5']
@@ -154,7 +155,7 @@ def superres_plain():
 def superres_ours():
     patches, positions = dense_input()
     model = HisToGene().eval()
-    start = time.perf_counter(); run_model(model, patches, positions, 'cpu')
+    start = time.perf_counter(); run_model(model, (patches, positions), 'cpu')
     seconds, rate, work = time.perf_counter() - start, matmul_rate(), flops([len(patches)], model, training=False)/1e9
     return dict(seconds=seconds, peak_GB=peak(), patches=len(patches), GFLOP=work, matmul_GFLOPs=rate, share_of_matmul_rate=work/seconds/rate, seconds_at_matmul_rate=work/rate)
 
@@ -177,7 +178,7 @@ def long(n, make, depth=8, flat=False):
     patches, positions, model = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8), torch.randint(64, (n, 2)), make(785, depth=depth).eval()
     base, start, busy = memory(), time.perf_counter(), time.process_time()
     if flat: model(patches.flatten(1).float()[None], positions[None])
-    else: run_model(model, patches, positions, 'cpu')
+    else: run_model(model, (patches, positions), 'cpu')
     return dict(patches=n, layers=depth, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak(), above_patches_GB=peak() - base)
 
 def long_plain_2000(): return long(2000, Plain, flat=True)

@@ -127,6 +127,32 @@ def typeset(out, katex):
         copy(katex/name, out/'site_libs/katex'/name)
 
 
+# ---- tables that say what heads what
+
+table = re.compile(r'<(script|style)\b.*?</\1>|<table\b.*?</table>', re.S)
+
+def heads(s, way):
+    "Each header in a part of a table, with its `scope`; an empty one heads nothing, and becomes a cell."
+    s = re.sub(r'<th\b([^>]*)>(\s*(?:&nbsp;)?\s*)</th>', r'<td\1>\2</td>', s)
+    def scope(m):
+        over_several = 'group' if re.search(r'(row|col)span', m[1]) else ''
+        return f'<th{m[1].rstrip()} scope="{way}{over_several}">'
+    return re.sub(r'<th\b(?![^>]*\bscope=)([^>]*)>', scope, s)
+
+def with_scopes(m):
+    "A table in which each header says whether it heads a column or a row; a parameter's name heads its row."
+    if m[1]: return m[0]                                                     # what scripts hold is theirs
+    head, end, body = m[0].rpartition('</thead>')
+    if '<th>Parameter</th>' in head:
+        body = re.sub(r'(<tr>\s*)<td>(.*?)</td>', r'\1<th>\2</th>', body, flags=re.S)
+    return heads(head, 'col') + end + heads(body, 'row')
+
+def head_tables(out):
+    "Screen readers say of a number what it is of: see `with_scopes`."
+    for f in sorted(out.rglob('*.html')):
+        f.write_text(table.sub(with_scopes, f.read_text(encoding='utf-8')), encoding='utf-8')
+
+
 # ---- nothing from a network
 
 font_faces = re.compile(r'@font-face\s*\{[^}]*\}')
@@ -228,6 +254,7 @@ def build():
     proc = process(cfg)
     site = render(proc, f'{cfg.doc_host}{cfg.doc_baseurl}')
     typeset(site.out, fetch_katex())
+    head_tables(site.out)
     bring_notebooks(site.out, pages, cfg)
     bring_llms(site)
     localise(site.out)

@@ -11,11 +11,12 @@ script_url = re.compile(r'''(?:import|from|fetch\(|src\s*=|href\s*=)\s*\(?['"]((
 
 
 class Page(HTMLParser):
-    "The ids of a page, its links, what it loads, how many figures and formulas it shows, and what looks like a link but is text"
+    """The ids of a page, its links, what it loads, how many figures and formulas it shows,
+    what looks like a link but is text, and how many table headers lack a scope"""
     def __init__(self, html):
         super().__init__()
         self.ids, self.links, self.loads, self.figures, self.inside = set(), [], [], 0, []
-        self.title, self.maths, self.text_links = '', 0, []
+        self.title, self.maths, self.text_links, self.unscoped = '', 0, [], 0
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -32,6 +33,7 @@ class Page(HTMLParser):
         self.loads += css_urls(a.get('style', ''))
         if tag in ('img', 'svg') and not in_maths: self.figures += 1    # KaTeX draws roots as svg
         if 'katex' in cls: self.maths += 1
+        if tag == 'th' and not a.get('scope'): self.unscoped += 1
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -77,6 +79,7 @@ def check_site(site):
 
     for file, page in pages.items():
         for text in page.text_links: say(file, f'a link shows as text: {text}')
+        if page.unscoped: say(file, f'{page.unscoped} headers of tables do not say what they head (scope)')
         for href in dict.fromkeys(page.links): check(file, href, False)
         for href in dict.fromkeys(page.loads): check(file, href, True)
     for file in sorted(site.rglob('*.css')):

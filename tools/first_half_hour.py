@@ -25,11 +25,14 @@ from histogene_nb.crossval import provenance
 from histogene_nb.devices import (PRECISIONS, default_device, device_name, gradient_scaler, in_blocks,
                                   memory, precision_on)
 from histogene_nb.files import InputError, whole_file
-from histogene_nb.model import HisToGene, attention_maps, from_pretrained, read_tensors, save_pretrained
-from histogene_nb.stnet import load_lite0, spot_windows
-from histogene_nb.texture import Textures, texture_numbers, train_texture
+from histogene_nb.interface import from_pretrained, predict, run_model, save_pretrained
+from histogene_nb.model import HisToGene, attention_maps
+from histogene_nb.patches import extract_patches
+from histogene_nb.tensors import read_tensors
+from histogene_nb.stnet import load_lite0
+from histogene_nb.texture import Textures, texture_numbers, TextureModel
 from histogene_nb.tissue import synthetic_section
-from histogene_nb.training import fit, one_pass, predict, run_model
+from histogene_nb.training import fit, one_pass
 
 RESULTS = Path(histogene_nb.__file__).parent/'results'/'cards'
 
@@ -216,7 +219,7 @@ def operations(depth, precision, training, patches=300):
     scaler = gradient_scaler(cpu, precision)
     with Counter() as counter:
         if training: one_pass(model, opt, [example], cpu, False, precision=precision, scaler=scaler)
-        else: run_model(model, *example[:2], cpu, precision)
+        else: run_model(model, example[:2], cpu, precision)
     return counter.n
 
 
@@ -253,8 +256,8 @@ def histogene_checks(device, s):
     whole, (patches, positions, _) = places(model), examples[0]
     maps = attention_maps(model, patches, positions, torch.arange(5))
     with tempfile.TemporaryDirectory() as folder: again = from_pretrained(save_pretrained(model, folder))
-    here, loaded = (run_model(m, patches, positions, device) for m in (model, again))
-    there = run_model(again, patches, positions, 'cpu')
+    here, loaded = (run_model(m, (patches, positions), device) for m in (model, again))
+    there = run_model(again, (patches, positions), 'cpu')
     near, far = apart(loaded, here), apart(there, here)
     found = dict(losses=[losses[0], losses[-1]], loaded_apart=near, processor_apart=far)
     return found, {'losses fall': losses[-1] < losses[0],
@@ -268,7 +271,7 @@ def texture_checks(device, s):
     with tempfile.TemporaryDirectory() as folder:
         sections, seen = [synthetic_section(folder, n, px=s['px']) for n in ('X1', 'Y1')], []
         panel = list(sections[0].var_names[:s['toy']['n_genes']])
-        model, _ = train_texture(sections, panel, rank=2, alpha=1., device=device, **s['texture'])
+        model, _ = TextureModel.train_on(sections, panel, rank=2, alpha=1., device=device, **s['texture'])
         whole, again = places(model), from_pretrained(save_pretrained(model, Path(folder)/'model'))
         model.cpu().textures.stem.register_forward_pre_hook(lambda _, x: seen.append(str(x[0].device)))
         here, loaded = (predict(m, sections[0], device).X for m in (model, again))
@@ -294,7 +297,7 @@ def memory_checks(device, s):
     def example(n): return torch.zeros(n, 3, 1, 1).byte(), torch.zeros(n, 2).long(), torch.zeros(n, 2)
     n = int((1.5*total/(4*16))**.5)                                           # 16 heads' matrices
     long, square = example(int(1.5*total/(4*4096))), example(n)
-    asks = dict(prediction=lambda: run_model(model, *long[:2], device),
+    asks = dict(prediction=lambda: run_model(model, long[:2], device),
                 training=lambda: fit(model, [long], 1, device=device, progress=False),
                 attention=lambda: attention_maps(model.to(device), *square[:2], torch.arange(n)))
     found, right = {}, {}
@@ -302,7 +305,7 @@ def memory_checks(device, s):
         model.zero_grad(); gc.collect(); torch.cuda.empty_cache()
         found[what], right[f'too little memory for {what} is said in one line'] = said(ask)
     model.zero_grad(); gc.collect(); torch.cuda.empty_cache()
-    right['the card works afterwards'] = bool(np.isfinite(run_model(model, *example(10)[:2], device)).all())
+    right['the card works afterwards'] = bool(np.isfinite(run_model(model, example(10)[:2], device)).all())
     return dict(out_of_memory=found), right
 
 def checks(device, s):
@@ -318,7 +321,7 @@ def repeat_row(device, s, precision):
     (a, first), (b, second) = once(), once()
     pairs = [(k, v, w) for (k,v),w in zip(a.state_dict().items(), b.state_dict().values())]
     differ = {k: float((v - w).abs().max()) for k,v,w in pairs if not torch.equal(v, w)}
-    x, y, z = (run_model(m, *examples[0][:2], device, precision) for m in (a, a, b))
+    x, y, z = (run_model(m, examples[0][:2], device, precision) for m in (a, a, b))
     most = max(differ, key=differ.get, default=None)
     return dict(precision=precision, training_bitwise_equal=not differ and first == second,
                 tensors=len(pairs), tensors_that_differ=len(differ), most_in=most,
@@ -339,7 +342,7 @@ def precisions(device, s):
     for p in kinds:
         how = dict(epochs=s['compare_epochs'], precision=p, lr=s['lr'])
         model, losses = trained(s['model'], examples, device, **how)
-        out = run_model(model, patches, positions, device, p)
+        out = run_model(model, (patches, positions), device, p)
         r, distinct = correlations(out, targets), [len(np.unique(column)) for column in out.T]
         found[p] = losses, out, r
         rows.append(dict(precision=p, first_loss=losses[0], last_loss=losses[-1], median_r=np.median(r),
@@ -403,8 +406,8 @@ def superres_row(device, s, n, precision):
     model, work = network(s['model']), counted(s['model'], n, precision, False)
     (drawn, place, _), = made(s['model'], 1, 200)
     patches, positions = many(drawn, n), torch.zeros(n, 2, dtype=torch.long)
-    run_model(model, drawn, place, device, precision)                           # warm
-    with measured(device) as found: run_model(model, patches, positions, device, precision)
+    run_model(model, (drawn, place), device, precision)                           # warm
+    with measured(device) as found: run_model(model, (patches, positions), device, precision)
     return dict(patches=n, precision=precision, **found, counted_peak_GB=work['counted_peak_GB'],
                 TFLOP=work['TFLOP'], **shares(work['TFLOP'], found['seconds'], device, precision, s))
 
@@ -441,7 +444,7 @@ def textures(device, s):
         rows.append(dict(what=what, batch=batch, windows=n, windows_a_second=n/found['seconds'], **found))
     with tempfile.TemporaryDirectory() as folder:
         section = synthetic_section(folder, 'X1', px=s['px'])
-        patches = spot_windows(section, px)
+        patches = extract_patches(section, px, width=2)
         row('with cutting', len(section), 16, lambda: texture_numbers(net, section, (2.,), px, views=1))
     looked_at = many(patches, windows)
     def numbers(batch=16): return torch.cat([net(b.to(device)).cpu() for b in looked_at.split(batch)])

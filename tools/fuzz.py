@@ -24,7 +24,7 @@ from histogene_nb.crossval import provenance, read_tables, write_h5ad
 from histogene_nb.cscc import read_cscc, write_cscc
 from histogene_nb.evaluation import enrich_pathways
 from histogene_nb.expression import read_panel
-from histogene_nb.model import from_pretrained, save_pretrained
+from histogene_nb.interface import from_pretrained, save_pretrained, predict
 from histogene_nb.patches import cut_patches, extract_patches
 from histogene_nb.readers import read_section
 from histogene_nb.files import InputError, whole_file
@@ -33,7 +33,7 @@ from histogene_nb.images import decoding, open_image
 from histogene_nb.sections import add_hires, section_name, small_copy
 from histogene_nb.texture import TextureModel
 from histogene_nb.tissue import synthetic_section
-from histogene_nb.training import predict, train
+from histogene_nb.model import HisToGene
 
 TINY = dict(dim=16, depth=1, heads=2)
 GENES = 30
@@ -111,13 +111,13 @@ def image(home, section, kind):
 
 def model_of(section, kind='HisToGene'):
     "A trained or, for texture, an unfitted model of this section's genes"
-    if kind == 'HisToGene': return train([section], list(section.var_names), epochs=1, device='cpu', **TINY)[0]
+    if kind == 'HisToGene': return HisToGene.train_on([section], list(section.var_names), epochs=1, device='cpu', **TINY)[0]
     model = TextureModel(section.n_vars, 2, (1.,), 32, 1, 1, 16, 1, 2)
     model.about = dict(genes=list(section.var_names), normalization='paper', grid=[[.01, 0.], [0., .01], [0., 0.]], training={})
     return model
 
 def training(section, file, epochs): # losses of a small model, trained from the checkpoint on
-    return train([section], list(section.var_names), epochs=epochs, every=0, device='cpu', checkpoint=file, **TINY)[1]
+    return HisToGene.train_on([section], list(section.var_names), epochs=epochs, every=0, device='cpu', checkpoint=file, **TINY)[1]
 
 def run_of(home, section):
     "A cross-validation of three sections, of which one fold is then taken out"

@@ -18,7 +18,7 @@ from forks import context
 from histogene_nb.commands import histogene_predict, histogene_train, reader
 from histogene_nb.crossval import baselines, cross_validate, histogene, provenance, write_h5ad, write_tables
 from histogene_nb.expression import read_panel, select_panel
-from histogene_nb.model import read_tensors
+from histogene_nb.tensors import read_tensors
 from histogene_nb.her2st import download_her2st, git_blob_sha1, write_her2st
 from histogene_nb.tissue import synthetic_section
 

@@ -17,11 +17,25 @@ def show_source(cell):
 
 
 def fold_private(cell):
-    "Code that defines nothing but private names, or says `#| fold`, stays folded, under its names, until a reader asks for it"
+    "Exported code that defines nothing but private names stays folded, under their names, until a reader asks for it; so does what says `#| fold`, with or without a summary"
     names = re.findall(r'^(?:async )?(?:def|class) +(\w+)', cell.source, re.M)
-    if cell.cell_type != 'code' or 'exports' not in cell.directives_ or not names: return
-    if 'fold' in cell.directives_ or all(n.startswith('_') for n in names):
-        cell.source = cell.source.replace('#| code-fold: show\n#| code-summary: "Exported source"', f'#| code-fold: true\n#| code-summary: "Exported source: {", ".join(names)}"', 1)
+    if cell.cell_type != 'code' or 'exports' not in cell.directives_: return
+    if 'fold' in cell.directives_: summary = ' '.join(cell.directives_['fold']) or f'Exported source: {", ".join(names)}'
+    elif names and all(n.startswith('_') for n in names): summary = f'Exported source: {", ".join(names)}'
+    else: return
+    cell.source = cell.source.replace('#| code-fold: show\n#| code-summary: "Exported source"', f'#| code-fold: true\n#| code-summary: "{summary}"', 1)
+
+
+class tables_last(Processor):
+    "On a page with a heading `## API`, the tables of parameters stand below it"
+    def begin(self):
+        cells = self.nb.cells
+        at = next((c for c in cells if c.cell_type == 'markdown' and re.search(r'^## API$', c.source, re.M)), None)
+        tables = [c for c in cells if c.cell_type == 'code' and re.search(r'^show_doc\(', c.source, re.M)]
+        if at is None: return
+        self.nb.cells = [c for c in cells if not any(c is t for t in tables)]
+        i = 1 + next(i for i,c in enumerate(self.nb.cells) if c is at)
+        self.nb.cells[i:i] = tables
 
 
 class page_links(Processor):

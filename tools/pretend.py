@@ -1,6 +1,6 @@
 """A device that is not there: what would fail on a graphics card or on an Apple fails here, on any computer.
 
-    python tools/pretend.py cuda nbs/library/07_training.ipynb
+    python tools/pretend.py cuda nbs/idea/training.ipynb
     python tools/pretend.py cuda --capability 7.5 nbs/index.ipynb
     python tools/pretend.py mps -- histogene_train A.h5ad B.h5ad --out model
 

@@ -1,4 +1,4 @@
-"""Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/library/02_patches.ipynb ...]
+"""Run notebooks and save their outputs, each from an empty folder: python tools/run_notebooks.py [--stale] [nbs/idea/patches.ipynb ...]
 
 All notebooks but the workshop's exercises unless some are named; with --stale, those of them whose outputs are not of today's code. The pages of the paper share a folder, and with it
 the run that they show. Progress bars are left out of the outputs, figures get a palette, and metadata are left out but for a mark of the code and results that the outputs are of.
@@ -17,7 +17,10 @@ def modules_used(code):
     "The library's modules that some code imports, directly or through others"
     found, todo = set(), {code}
     while todo:
-        names = set(re.findall(r'(?:from|import) +(?:histogene_nb)?\.(\w+)', todo.pop())) - found
+        text = todo.pop()
+        names = set(re.findall(r'(?:from|import) +(?:histogene_nb)?\.(\w+)', text))
+        for listed in re.findall(r'from +(?:histogene_nb|\.) +import +([\w, ]+)', text): names |= {n.split()[0] for n in listed.split(',') if n.strip()}
+        names = {n for n in names if (library/f'{n}.py').is_file()} - found
         found |= names
         todo |= {(library/f'{n}.py').read_text(encoding='utf-8') for n in names}
     return sorted(found)

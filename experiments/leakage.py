@@ -1,0 +1,84 @@
+"""What sister sections, and the choice of genes, do to a cross-validation; the tables go into the package.
+
+    HISTOGENE_DATA=... python experiments/leakage.py runs
+
+`pairs`: a section predicted from other sections' counts by position on the array alone, all 36 sections.
+`one_teacher`: one section trains, another is predicted, the five sections with photographs; B4 with fewer spots too, as few as a section of C has.
+`panels`: sections left out in turn, with genes chosen in four ways.
+`runs` keeps predictions; folds that are there already are not done again. A leaderboard's `patches`, copied into `runs`, save the time for textures.
+"""
+import json, sys, time
+from functools import cache, partial
+from pathlib import Path
+import numpy as np, pandas as pd
+import histogene_nb
+from histogene_nb.commands import reader
+from histogene_nb.crossval import baselines, fold_name, provenance, ridges, run_fold, texture
+from histogene_nb.evaluation import gene_correlations, position_baseline
+from histogene_nb.expression import common_genes, normalize, read_panel, select_panel
+from histogene_nb.files import data_folder
+from histogene_nb.her2st import her2st_catalogue, read_her2st
+from histogene_nb.sections import leave_one_out
+
+results = Path(histogene_nb.__file__).parent/'results'/'leakage'
+sections = ['B4', 'C2', 'C3', 'C4', 'C5']
+methods = {'baselines': baselines, 'ridge': ridges, 'texture without array': partial(texture, use_array=False, label='texture without array')}
+command = 'experiments/leakage.py'
+
+def fold(method, read, training, test, out, panel, cache):
+    "Scores of one fold (a row per method, section and gene), those without r left out"
+    found = run_fold(method, methods[method], read, training, test, out, panel, cache=cache, command=command)
+    print(f"{out.name}: {'+'.join(training)} -> {fold_name(test)}, {method}: {found['n_genes']} genes, {found['seconds']:.0f} s", flush=True)
+    scores = pd.read_csv(out/f'{method}-{fold_name(test)}-seed0'/'scores.csv')
+    return scores.dropna(subset='r').assign(training='+'.join(training), n_training_spots=found['n_training_spots'])
+
+def means(scores, by):
+    "Means over genes"
+    return scores.groupby(by, sort=False).agg(r=('r', 'mean'), ceiling=('ceiling', 'mean'), n_genes=('gene', 'size')).reset_index()
+
+def pairs(measured, panel):
+    "Mean r of position alone, learned from one other section, from all sisters, all strangers, and all others"
+    known, rows = {n: normalize(s, panel) for n,s in measured.items()}, []
+    for b in known:
+        others = [n for n in known if n != b]
+        sisters = [n for n in others if n[0] == b[0]]
+        teachers = {**{n: [n] for n in others}, 'all sisters': sisters, 'all strangers': [n for n in others if n not in sisters], 'all others': others}
+        rows += [dict(training=t, section=b, r=gene_correlations(known[b], position_baseline([known[n] for n in names], known[b])).r.mean()) for t,names in teachers.items()]
+    return pd.DataFrame(rows)
+
+def one_teacher(out, read, panel):
+    "One section trains, the others are predicted"
+    size, rng = round(np.mean([len(read(c)) for c in sections[1:]])), np.random.default_rng(1)
+    few = read('B4')[np.sort(rng.choice(len(read('B4')), size, replace=False))].copy()
+    some = {'B4, fewer spots': few, **{n: read(n) for n in sections}}
+    rows = [fold(m, some.get, [a], [s for s in sections if s[0] != a[0] or (a[0] == 'C' and s != a)], out/f'from {a}', panel, out/'patches') for a in some for m in methods]
+    return means(pd.concat(rows), ['method', 'training', 'section', 'n_training_spots'])
+
+def panels(out, read, catalogue, published):
+    "The folds by section, with genes chosen in four ways: means over all genes of each panel, and over those in all four"
+    rule = lambda names: dict(n_top=1000, min_spots=round(sum(len(read(n)) for n in names)/10))            # the paper's 1,000 spots are about a tenth of its spots
+    common = common_genes([read(n) for n in sections])                                                   # what a section lists is known before its counts are
+    choose = cache(lambda *names: select_panel([read(n)[:, common] for n in names], **rule(names)))
+    rows = []
+    for _,training,test in leave_one_out(catalogue):
+        chosen = {'training sections': choose(*training), 'all five sections': choose(*sections), 'test section': choose(*test), 'published': published}
+        shared = set.intersection(*map(set, chosen.values()))
+        r = {k: fold('ridge', read, training, test, out/f'genes of {k}', genes, out/'patches') for k,genes in chosen.items()}
+        first = r['training sections'].set_index(['method', 'gene']).r
+        for k,scores in r.items():
+            change = (scores.set_index(['method', 'gene']).r - first).abs().max()                         # of the same gene, between panels
+            for which,part in {'its own': scores, 'shared by all': scores[scores.gene.isin(shared)]}.items(): rows.append(means(part, ['method', 'section']).assign(chosen_on=k, genes=which, largest_change=change))
+    return pd.concat(rows)
+
+def main(folder):
+    start, out = time.perf_counter(), Path(folder)
+    results.mkdir(exist_ok=True)
+    read, catalogue = reader(sections)
+    read, panel = cache(read), read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
+    save = lambda name, table: table.round(5).to_csv(results/f'{name}.csv', index=False)
+    save('one_teacher', one_teacher(out, read, panel))
+    save('panels', panels(out, read, catalogue, panel))
+    save('pairs', pairs({n: read_her2st(data_folder(), n, verbose=False) for n in her2st_catalogue().index}, panel))
+    (results/'run.json').write_text(json.dumps(provenance(command, start, sections=sections, seed=0), indent=1))
+
+if __name__ == '__main__': main(sys.argv[1])
