@@ -73,7 +73,7 @@ def other_stars(model, section, parts, kept):
     box[y0:y1 + 1, x0:x1 + 1] = True
     centres, _ = dense_grid(mask, scale, d, 4)
     shared = np.clip(.75*d - np.abs(spots[:, None] - centres), 0, d/2).prod(-1)                     # (n, patches): of a spot with the middle quarter of a patch
-    X = run_model(model, model.look(between_spots(section, centres, grid, 4), kept))
+    X = run_model(model, model.look(between_spots(section, centres, grid), kept))
     return {'released index': recover_spots(predict_dense(model, section, 4, released_index(section, parts), mask, scale, cache=kept), section),
             'bounding box': recover_spots(predict_dense(model, section, 4, grid, box, scale, cache=kept), section),
             'not averaged': predicted_section(model, section, (shared/shared.sum(1, keepdims=True) @ X).astype(np.float32), 'HisToGene*')}

@@ -7,7 +7,7 @@ __all__ = ['SYNTHETIC', 'histogene_download', 'histogene_train', 'histogene_pred
            'reader', 'measured_rates', 'histogene_reproduce']
 
 # %% ../nbs/runs/commands.ipynb #663f671c
-import functools, inspect, io, json, os, shlex, sys, time
+import ast, functools, io, json, os, shlex, sys, time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -27,19 +27,23 @@ _GO_ON = {'histogene_train': 'Give the same command again to go on from the last
 def _words(help, **kw): # an argument of one or more words, as fastcore 1 and fastcore 2 have it
     return script.Param(help, str, **kw) if hasattr(script, 'Param') else Annotated[str, help, kw]
 
-def _dashes(args): # --spot-diameter and --spot_diameter are the same: fastcore 1 wants the one, fastcore 2 the other
+def _dashes(args): # --spot-diameter is --spot_diameter: fastcore 1 wants the one, fastcore 2 the other
     old, new = '-_' if hasattr(script, 'Param') else '_-'
-    return [f"--{name[2:].replace(old, new)}{is_}{value}" if a.startswith('--') and not a.startswith('--no-') else a
+    return [f"--{name[2:].replace(old, new)}{is_}{value}"
+            if a.startswith('--') and not a.startswith('--no-') else a
             for a in args for name,is_,value in [a.partition('=')]]
 
-if Path(sys.argv[0]).stem in ('histogene_demo', 'histogene_download', 'histogene_train', 'histogene_predict', 'histogene_plot', 'histogene_reproduce'): sys.argv[1:] = _dashes(sys.argv[1:])
+if Path(sys.argv[0]).stem in ('histogene_demo', 'histogene_download', 'histogene_train', 'histogene_predict',
+                              'histogene_plot', 'histogene_reproduce'): sys.argv[1:] = _dashes(sys.argv[1:])
 
 def _torchrun(what, alone): # RANK or WORLD_SIZE of the processes that torchrun started
     return int(os.environ[what]) if 'TORCHELASTIC_RUN_ID' in os.environ else alone
 
+# %% ../nbs/runs/commands.ipynb #69f5c15f
 def _look_for(section, root): # what lies inside a store its reader knows, and a folder may be a link
     in_store = any(p.suffix.lower() == '.zarr' for p in Path(section).parents)
-    if not in_store and not any((Path(root) if root else data_folder()).glob(f'ST-cnts/{section}.tsv*')): look_for(section, root)
+    if not in_store and not any((Path(root) if root else data_folder()).glob(f'ST-cnts/{section}.tsv*')):
+        look_for(section, root)
 
 def _shell(func):
     "In a shell, end `func` with one line where the user can put right what is wrong"
@@ -49,20 +53,24 @@ def _shell(func):
         rank, name = _torchrun('RANK', 0), func.__name__
         try:
             with redirect_stdout(io.StringIO() if rank else sys.stdout): return func(*args, **kwargs)
-        except InputError as e: sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {" ".join(str(e).splitlines())}')
-        except KeyboardInterrupt: sys.exit(f'\n{name}: interrupted. {_GO_ON.get(name, "What was complete is untouched.")}')
+        except InputError as e:
+            sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {" ".join(str(e).splitlines())}')
+        except KeyboardInterrupt:
+            sys.exit(f'\n{name}: interrupted. {_GO_ON.get(name, "What was complete is untouched.")}')
     return run
 
 # %% ../nbs/runs/commands.ipynb #88877caf
 def _command(name, *args):
     "The command as it was typed, or the call that stands for it"
-    return shlex.join([name, *sys.argv[1:]]) if _typed(name) else f"{name}({', '.join(repr(a) for a in args)})"
+    return (shlex.join([name, *sys.argv[1:]]) if _typed(name)
+            else f"{name}({', '.join(repr(a) for a in args)})")
 
 # %% ../nbs/runs/commands.ipynb #48cf2f5e
 @call_parse
 @_shell
 def histogene_download(
-    sections:_words('Sections, such as B4 C2, or the one word cscc (default: all 36 HER2+)', opt=False, nargs='*')=None, # such as B4 C2, or ['cscc']; all 36 HER2+ unless given
+    sections:_words( # such as B4 C2, or ['cscc']; all 36 HER2+ unless given
+        'Sections, such as B4 C2, or the one word cscc (default: all 36 HER2+)', opt=False, nargs='*')=None,
     root:str=None, # Folder to fill (default: where the other commands look)
     images:bool=True, # The full-resolution images too
 ):
@@ -74,27 +82,42 @@ def histogene_download(
     else: print('HER2+ data in', download_her2st(root, sections or None, images))
 
 # %% ../nbs/runs/commands.ipynb #b2d9ab28
+_HISTOGENE = {'epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every',
+              'precision', 'batch'}
+
 def _check_settings(model, given):
-    "Raise `InputError` where a model does not take a setting; nothing is imported for HisToGene's own"
-    if model == 'HisToGene' and set(given) <= _HISTOGENE: return
+    """Whether a model writes checkpoints; `InputError` where it does not take a setting.
+    Nothing is imported for HisToGene's own"""
+    if model == 'HisToGene' and set(given) <= _HISTOGENE: return True
     from histogene_nb.interface import model_class
     kind = model_class(model)
     for k in given:
-        if k not in kind.settings():
-            raise InputError(f'--{k.replace("_", "-")} is no setting of {kind.name}, which has {", ".join(kind.settings())}. Leave it out.')
+        if k not in kind.settings(): raise InputError(
+            f'--{k.replace("_", "-")} is no setting of {kind.name}, which has {", ".join(kind.settings())}. Leave it out.')
     if _torchrun('WORLD_SIZE', 1) > 1 and 'batch' not in kind.settings():
         raise InputError(f'{kind.name} trains in one process. Give the command without torchrun.')
+    return 'every' in kind.settings()
 
-_HISTOGENE = {'epochs', 'lr', 'dim', 'depth', 'heads', 'dropout', 'n_pos', 'pixels', 'augment', 'every', 'precision', 'batch'}
+def _named(words):
+    "name=value as a dictionary; values as in Python, or else words"
+    found = {}
+    for w in words or ():
+        name, is_, value = w.partition('=')
+        if not is_ or not name.isidentifier(): raise InputError(f'--setting {w}: give name=value, such as patch_size=112.')
+        try: found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError): found[name] = value
+    return found
 
 # %% ../nbs/runs/commands.ipynb #c8d9e38f
 @call_parse
 @_shell
 def histogene_train(
-    sections:_words('Sections to train on: names such as B4 C2, or paths of .h5ad files, Visium folders, SpatialData stores, folders of tables', nargs='+'), # names such as B4 C2, or paths for `read_section`
+    sections:_words( # names such as B4 C2, or paths for `read_section`
+        'Sections to train on: names such as B4 C2, or paths of .h5ad files, Visium folders, '
+        'SpatialData stores, folders of tables', nargs='+'),
     out:str='model', # Folder for the model; an interrupted training there is continued
-    model:str='HisToGene', # HisToGene, ST-Net, texture, or your own as module:Class; textures take minutes a section, once where --cache keeps them
-    root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or where histogene_download puts it)
+    model:str='HisToGene', # HisToGene, ST-Net, texture (minutes a section; see --cache), or your module:Class
+    root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or that of histogene_download)
     panel:str=None, # File of genes to predict (default: the paper's rule on these sections)
     n_top:int=1000, # Panel rule: highly variable genes per section
     min_spots:int=1000, # Panel rule: spots in which a gene must be expressed
@@ -113,23 +136,37 @@ def histogene_train(
     every:float=None, # Seconds between checkpoints; 0: after each epoch (default: 60)
     precision:str=None, # Of the layers: auto (by the device), float32, bfloat16 or float16
     batch:int=None, # Sections per step; the processes of torchrun share them (default: 1)
-    array_from:_words('Texture model: more sections on arrays of the same make; only their counts are used, to learn what the array yields where', opt=True, nargs='+')=None, # names or .h5ad files
+    array_from:_words( # names or .h5ad files
+        'Texture model: more sections on arrays of the same make; only their counts are used, '
+        'to learn what the array yields where', opt=True, nargs='+')=None,
+    setting:_words('More settings of the model, such as backbone=efficientnet_lite0 patch_size=112', opt=True, nargs='+')=None, # name=value
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
 ):
     "Train a model on sections and save it"
     start, out = time.perf_counter(), Path(out)
-    given = dict(epochs=epochs, lr=lr, dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos, pixels=pixels, augment=augment or None,
-                 every=every, precision=precision, batch=batch, array_from=array_from)
-    given = {k: v for k,v in given.items() if v is not None}
+    given = dict(epochs=epochs, lr=lr, dim=dim, depth=depth, heads=heads, dropout=dropout, n_pos=n_pos,
+                 pixels=pixels, augment=augment or None, every=every, precision=precision, batch=batch,
+                 array_from=array_from)
+    given = {k: v for k,v in given.items() if v is not None} | _named(setting)
     for s in [*sections, *(array_from or ())]: _look_for(s, root)
     for s in array_from or ():
-        if str(s) in map(str, sections): raise InputError(f'{s} is both trained on and given to --array-from. Its counts teach the array already: leave it out there.')
-    _check_settings(model, given)
+        if str(s) in map(str, sections): raise InputError(
+            f'{s} is both trained on and given to --array-from. Its counts teach the array already: '
+            'leave it out there.')
+    goes_on = _check_settings(model, given)
     command = _command('histogene_train', sections)
-    if (out/'config.json').exists() and not (out/'training.safetensors').exists():     # with both, a training was killed at its very end, and goes on to that
-        raise InputError(f'{out}: there is a trained model already, and it is left as it is. Choose another folder with --out, or delete this one.')
+    made, begun = (out/'config.json').exists(), (out/'training.safetensors').exists()
+    # with both, a training was killed at its very end, and goes on to that
+    if made and not (begun and goes_on): raise InputError(
+        f'{out}: there is a trained model already, and it is left as it is. '
+        'Choose another folder with --out, or delete this one.')
+    if begun and not goes_on: raise InputError(
+        f'{out}: there is the checkpoint of another model, which was interrupted. '
+        'Choose another folder with --out, or delete this one.')
     try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f'{out}: this folder cannot be made ({e.strerror}). Choose another with --out.') from e
+    except OSError as e:
+        raise InputError(f'{out}: this folder cannot be made ({e.strerror}). '
+                         'Choose another with --out.') from e
     from histogene_nb.readers import read_section
     data = [read_section(s, root=root) for s in sections]
     from histogene_nb.crossval import provenance
@@ -137,14 +174,16 @@ def histogene_train(
     from histogene_nb.interface import model_class, save_pretrained
     from histogene_nb.devices import default_device, device_name, precision_on
     from histogene_nb.training import processes
-    rank, world = processes(device)                                                              # before the first use of a card
+    rank, world = processes(device)  # before the first use of a card
     chosen = default_device(device)
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
     kind = model_class(model)
     layers = f" in {precision_on(chosen, precision or 'auto')}" if kind.rounds else ''
-    print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, on {chosen} ({device_name(chosen)}){layers}')
+    print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, '
+          f'on {chosen} ({device_name(chosen)}){layers}')
     if array_from: given['array_from'] = [read_section(s, root=root) for s in array_from]
-    net, losses = kind.train_on(data, genes, normalization, seed, device, out/'training.safetensors', cache, **given)
+    net, losses = kind.train_on(data, genes, normalization, seed, device, out/'training.safetensors', cache,
+                                **given)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
     net.about['provenance'] = provenance(command, start, device, processes=world)
     if rank > 0: return
@@ -158,7 +197,8 @@ def histogene_train(
 @_shell
 def histogene_predict(
     model:str, # Folder of the model, from histogene_train
-    section:_words('A section: a name such as C3, or a path as for histogene_train', opt=False, nargs='?')=None, # a name or path
+    section:_words( # a name or path
+        'A section: a name such as C3, or a path as for histogene_train', opt=False, nargs='?')=None,
     image:str=None, # Instead of a section: an H&E image alone
     spot_diameter:float=None, # Width of a spot in pixels of that image
     spot_um:float=None, # Or in micrometres, where the image's file states its resolution
@@ -167,16 +207,19 @@ def histogene_predict(
     root:str=None, # Folder of the HER2+ data
     device:str=None, # cpu, cuda or mps (default: the best there is)
     cache:str=None, # Folder that keeps patches (default: none)
-    tile:float=None, # Predict in tiles of this many spot diameters, one after the other (default: all in one sequence)
+    tile:float=None, # Predict in tiles of this many spot diameters, one by one (default: all in one sequence)
     precision:str='auto', # Of the layers: auto (by the device), float32, bfloat16 or float16
     kind:str=None, # The model's class as module:Class, where it is your own
 ):
     "Predict a section's or an image's expression and write it as .h5ad"
     start, results, command = time.perf_counter(), {}, _command('histogene_predict', model, section or image)
     if (section is None) == (image is None): raise InputError('Give either a section or --image FILE.')
-    if image is not None and (spot_diameter is None) == (spot_um is None): raise InputError('An image alone needs --spot-diameter, how many of its pixels are as wide as a spot, or --spot-um, how many micrometres that is. Give one of them.')
+    if image is not None and (spot_diameter is None) == (spot_um is None): raise InputError(
+        'An image alone needs --spot-diameter, how many of its pixels are as wide as a spot, '
+        'or --spot-um, how many micrometres that is. Give one of them.')
     if not str(out).endswith('.h5ad'): raise InputError(f'--out names an .h5ad file, not {out}.')
-    if section is not None and os.path.realpath(out) == os.path.realpath(section): raise InputError(f'{out}: this is the section itself. Give the prediction another name with --out.')
+    if section is not None and os.path.realpath(out) == os.path.realpath(section): raise InputError(
+        f'{out}: this is the section itself. Give the prediction another name with --out.')
     model_files(model)
     if section is not None: _look_for(section, root)
     from histogene_nb.readers import read_section
@@ -191,34 +234,45 @@ def histogene_predict(
     from histogene_nb.superres import predict_image, predict_superres, recover_spots
     net = from_pretrained(model, kind)
     if image is not None:
-        predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um, precision)
+        predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um,
+                                  precision)
         d = predicted.uns['histogene']['patch_diameter']
         print(f'1 spot = {d:g} pixels' + (f' = {d*mpp:g} micrometres' if mpp else ''))
     else:
         if another_array(measured, trained := net.about.get('grid')):
             steps = [' x '.join(f'{s:.2f}' for s in array_steps(g)) for g in (fit_grid(measured), trained)]
-            print(f'{section}: this array counts in steps of {steps[0]} spot diameters, those of training in {steps[1]}; positions are places, in the steps of training')
-        predicted = predict(net, measured, device, cache, tile, precision) if superres == 1 else predict_superres(net, measured, superres, device, cache, tile, precision)
+            print(f'{section}: this array counts in steps of {steps[0]} spot diameters, '
+                  f'those of training in {steps[1]}; positions are places, in the steps of training')
+        predicted = (predict(net, measured, device, cache, tile, precision) if superres == 1
+                     else predict_superres(net, measured, superres, device, cache, tile, precision))
         at_spots = predicted if superres == 1 else recover_spots(predicted, measured)
         known = [g for g in predicted.var_names if g in measured.var_names]
-        if measured.n_vars and not known: raise InputError(f"{section}: none of the model's {predicted.n_vars} genes is in this section. Do both use gene symbols?")
+        if measured.n_vars and not known: raise InputError(
+            f"{section}: none of the model's {predicted.n_vars} genes is in this section. "
+            "Do both use gene symbols?")
         if known:
             method = at_spots.uns['histogene']['predicted_by']
-            correlations = ev.gene_correlations(normalize(measured, known, net.about['normalization']), at_spots[:, known].copy())
+            correlations = ev.gene_correlations(normalize(measured, known, net.about['normalization']),
+                                                at_spots[:, known].copy())
             results = {method: ev.summarize(correlations)}
             with whole_file(Path(out).with_suffix('.csv')) as part: correlations.round(6).to_csv(part)
-    if not predicted.uns['spatial'][section_name(predicted)]['images']: add_hires(predicted)         # scanpy's pl.spatial wants one
+    if not predicted.uns['spatial'][section_name(predicted)]['images']:
+        add_hires(predicted)  # scanpy's pl.spatial wants one
     predicted.uns['histogene']['command'] = command
     from histogene_nb.devices import default_device, precision_on
     computed = precision_on(default_device(device), precision) if net.rounds else 'float32'
-    trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'), trained_by=net.about.get('provenance'))
+    trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'),
+                   trained_by=net.about.get('provenance'))
     more = dict(precision=computed, **trained, section=str(section or image), superres=superres)
     text = json.dumps({**provenance(command, start, device), **more, 'results': results}, indent=1)
     with whole_file(Path(out).with_suffix('.json')) as part:
         part.write_text(text, encoding='utf-8')
         write_h5ad(predicted, out)
-    print(f'{predicted.n_obs} x {predicted.n_vars} ({"spots" if image is None and superres == 1 else "patches"} x genes) in {out}')
-    for method,r in results.items(): print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
+    print(f'{predicted.n_obs} x {predicted.n_vars} '
+          f'({"spots" if image is None and superres == 1 else "patches"} x genes) in {out}')
+    for method,r in results.items():
+        print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, "
+              f"median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
 
 # %% ../nbs/runs/commands.ipynb #b10b0c02
 def _read_prediction(path):
@@ -226,21 +280,28 @@ def _read_prediction(path):
     import anndata as ad
     from histogene_nb.readers import reading
     with reading(Path(path), 'an .h5ad file'): found = ad.read_h5ad(path)
-    if 'predicted_by' not in found.uns.get('histogene', {}): raise InputError(f'{path}: this is not a prediction. Give files that histogene_predict wrote; what was measured belongs in --section.')
+    if 'predicted_by' not in found.uns.get('histogene', {}): raise InputError(
+        f'{path}: this is not a prediction. Give files that histogene_predict wrote; '
+        'what was measured belongs in --section.')
     return found
 
+# %% ../nbs/runs/commands.ipynb #6ed30662
 @call_parse
 @_shell
 def histogene_plot(
-    predictions:_words('The .h5ad files that histogene_predict wrote, of one section', nargs='+'), # of one section
-    genes:_words('Genes to draw (default: the four predicted best, or without --section those that vary most)', opt=True, nargs='+')=None, # to draw
+    predictions:_words( # of one section
+        'The .h5ad files that histogene_predict wrote, of one section', nargs='+'),
+    genes:_words( # to draw
+        'Genes to draw (default: the four predicted best, or without --section those that vary most)',
+        opt=True, nargs='+')=None,
     section:str=None, # What was measured: a section by name or path, as for histogene_predict
     out:str='maps.png', # The picture to write: .png, .pdf or .svg
     root:str=None, # Folder of the HER2+ data
 ):
     "Draw maps of predicted genes beside the image, and beside what was measured"
     kind = Path(out).suffix.lower()[1:]
-    if kind not in ('png', 'pdf', 'svg'): raise InputError(f'--out names a .png, .pdf or .svg file, not {out}.')
+    if kind not in ('png', 'pdf', 'svg'):
+        raise InputError(f'--out names a .png, .pdf or .svg file, not {out}.')
     predictions = [predictions] if isinstance(predictions, (str, Path)) else list(predictions)
     for p in predictions:
         if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
@@ -251,26 +312,33 @@ def histogene_plot(
     from histogene_nb.sections import section_name
     first, maps = found[0], {}
     for p,f in zip(predictions, found): maps[f"{Path(p).stem}\n{f.uns['histogene']['predicted_by']}"] = f
-    if len(names := {section_name(f) for f in found}) > 1: raise InputError(f'These are predictions of different sections, {" and ".join(sorted(names))}. Give those of one section.')
+    if len(names := {section_name(f) for f in found}) > 1: raise InputError(
+        f'These are predictions of different sections, {" and ".join(sorted(names))}. '
+        'Give those of one section.')
     shown = list(first.var_names)
     measured = None if section is None else read_section(section, root=root)
     from histogene_nb import evaluation as ev, plots
     from histogene_nb.expression import normalize
     if measured is not None:
         shown = [g for g in shown if g in measured.var_names]
-        if not shown: raise InputError(f"{section}: none of the {first.n_vars} predicted genes is in this section.")
+        if not shown:
+            raise InputError(f"{section}: none of the {first.n_vars} predicted genes is in this section.")
         observed = normalize(measured, shown, first.uns['histogene']['normalization'])
     for g in genes or ():
         for p,f in zip(predictions, found):
-            if g not in f.var_names: raise InputError(f'{p}: gene {g} is not among the {f.n_vars} predicted, such as {", ".join(f.var_names[:3])}.')
+            if g not in f.var_names: raise InputError(
+                f'{p}: gene {g} is not among the {f.n_vars} predicted, such as {", ".join(f.var_names[:3])}.')
         if g not in shown: raise InputError(f'{section}: gene {g} was not measured in this section.')
     if not genes:
-        at_spots = None if section is None else next((f for f in found if set(f.obs_names) == set(observed.obs_names)), None)
-        worth = pd.Series(first.X.std(0), first.var_names)[shown] if at_spots is None else ev.gene_correlations(observed, at_spots[:, shown].copy()).r
+        at_spots = (None if section is None
+                    else next((f for f in found if set(f.obs_names) == set(observed.obs_names)), None))
+        worth = (pd.Series(first.X.std(0), first.var_names)[shown] if at_spots is None
+                 else ev.gene_correlations(observed, at_spots[:, shown].copy()).r)
         genes = list(worth.sort_values(ascending=False).index[:4])
     if section is not None: maps = {'measured': observed, **maps}
     info = first.uns['spatial'][section_name(first)]
-    fig, axes = plt.subplots(len(genes), 1 + len(maps), figsize=(3*(1 + len(maps)), 2.7*len(genes)), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(len(genes), 1 + len(maps), figsize=(3*(1 + len(maps)), 2.7*len(genes)),
+                             layout='constrained', squeeze=False)
     scale, picture = info['scalefactors']['tissue_hires_scalef'], info['images']['hires']
     for row,gene in zip(axes, genes):
         for ax,a in zip(row[1:], maps.values()): plots.plot_gene(a, gene, ax=ax, title='')
@@ -304,19 +372,24 @@ def histogene_demo(
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
-    sections = [synthetic_section(out/'sections', n, seed) for n in tqdm(names, desc='synthetic tissue', unit='section')]
+    sections = [synthetic_section(out/'sections', n, seed)
+                for n in tqdm(names, desc='synthetic tissue', unit='section')]
     *training, held_out = sections
     panel = select_panel(training, n_top=120, min_spots=200)
-    model, losses = HisToGene.train_on(training, panel, epochs=epochs, lr=1e-3, seed=seed, device=device, dim=128, depth=2, heads=4)
+    model, losses = HisToGene.train_on(training, panel, epochs=epochs, lr=1e-3, seed=seed, device=device,
+                                       dim=128, depth=2, heads=4)
     save_pretrained(model, out/'model')
     observed = normalize(held_out, panel)
     predicted, dense = predict(model, held_out, device), predict_superres(model, held_out, 4, device)
     baseline = ev.position_baseline([normalize(s, panel) for s in training], observed)
-    methods = {'HisToGene': predicted, 'HisToGene*': recover_spots(dense, held_out), 'position only': baseline}
+    methods = {'HisToGene': predicted, 'HisToGene*': recover_spots(dense, held_out),
+               'position only': baseline}
     correlations = {m: ev.gene_correlations(observed, p) for m,p in methods.items()}
     table = pd.DataFrame({m: ev.summarize(c) for m,c in correlations.items()}).T
-    for name,a in (('observed', observed), ('predicted', predicted), ('predicted_4x', dense)): write_h5ad(a, out/f'{name}.h5ad')
-    report = _demo_report(out/'report.html', held_out, observed, methods, dense, correlations, table, losses, provenance(command, start, device, seed=seed))
+    for name,a in (('observed', observed), ('predicted', predicted), ('predicted_4x', dense)):
+        write_h5ad(a, out/f'{name}.h5ad')
+    report = _demo_report(out/'report.html', held_out, observed, methods, dense, correlations, table, losses,
+                          provenance(command, start, device, seed=seed))
     print(table[['mean_r', 'median_r', 'n_ok']].astype(float).round(3).to_string())
     print(f'{time.perf_counter() - start:.0f} s; open {report} in a browser')
 
@@ -331,27 +404,40 @@ def _demo_report(path, held_out, observed, methods, dense, correlations, table, 
     best = correlations['HisToGene'].r.sort_values(ascending=False).index[:4]
     add_hires(held_out)
     tissue, axes = plt.subplots(1, 2, figsize=(10, 4.2))
-    axes[0].imshow(held_out.uns['spatial'][name]['images']['hires']); axes[0].set(title='the image, all that the model sees', xticks=[], yticks=[])
-    plots.plot_clusters(held_out, held_out.obs.annotation, ax=axes[1], title="the pathologist's labels", size=1.6)
-    maps = plots.plot_genes(observed, {'HisToGene': methods['HisToGene'], 'HisToGene_SR': dense, 'position only': methods['position only']}, list(best), size=1.6)
+    axes[0].imshow(held_out.uns['spatial'][name]['images']['hires'])
+    axes[0].set(title='the image, all that the model sees', xticks=[], yticks=[])
+    plots.plot_clusters(held_out, held_out.obs.annotation, ax=axes[1], title="the pathologist's labels",
+                        size=1.6)
+    maps = plots.plot_genes(observed, {'HisToGene': methods['HisToGene'], 'HisToGene_SR': dense,
+                                       'position only': methods['position only']}, list(best), size=1.6)
     boxes, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    plots.plot_boxes({m: {name: c} for m,c in correlations.items()}, ax=axes[0]); plot_losses(losses, ax=axes[1])
+    plots.plot_boxes({m: {name: c} for m,c in correlations.items()}, ax=axes[0])
+    plot_losses(losses, ax=axes[1])
     axes[1].set_title('training'); boxes.tight_layout()
-    texts = {'What this is': f'HisToGene was trained on five sections of synthetic tissue and predicted section {name}, which it never saw, from its image. '
-             f'Mean r over {observed.n_vars} genes between observed and predicted expression: HisToGene {r["HisToGene"]:.3f}; position on the array alone {r["position only"]:.3f}.',
-             'The held-out section': f'{len(held_out)} spots. Labels belong to the synthetic tissue; the model sees only the image.',
-             'Held-out maps': 'The four genes predicted best. HisToGene_SR is the prediction at four times the resolution of a patch.'}
-    page = report.html_report(path, f'HisToGene on synthetic tissue: section {name}', figures={'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes},
-                          tables={'How well': table[['mean_r', 'median_r', 'n_ok', 'n_constant']].astype(float).round(3)}, texts=texts, provenance=made_by)
+    texts = {'What this is':
+                 f'HisToGene was trained on five sections of synthetic tissue and predicted section {name}, '
+                 'which it never saw, from its image. '
+                 f'Mean r over {observed.n_vars} genes between observed and predicted expression: HisToGene '
+                 f'{r["HisToGene"]:.3f}; position on the array alone {r["position only"]:.3f}.',
+             'The held-out section': f'{len(held_out)} spots. Labels belong to the synthetic tissue; '
+                 'the model sees only the image.',
+             'Held-out maps': 'The four genes predicted best. HisToGene_SR is the prediction '
+                 'at four times the resolution of a patch.'}
+    page = report.html_report(
+        path, f'HisToGene on synthetic tissue: section {name}',
+        figures={'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes},
+        tables={'How well': table[['mean_r', 'median_r', 'n_ok', 'n_constant']].astype(float).round(3)},
+        texts=texts, provenance=made_by)
     for fig in (tissue, maps, boxes): plt.close(fig)
     return page
 
 # %% ../nbs/runs/commands.ipynb #95af29e2
-SYNTHETIC = {n: n[0] for n in ('X1', 'X2', 'Y1', 'Y2')}                                         # section -> patient
-_SMALL = dict(epochs=40, lr=1e-3, patch_size=28, dim=128, depth=4, heads=4)                      # a model that learns from four sections in seconds, from patches shrunk to 28 pixels
+SYNTHETIC = {n: n[0] for n in ('X1', 'X2', 'Y1', 'Y2')}  # section -> patient
+# a model that learns from four sections in seconds, from patches shrunk to 28 pixels
+_SMALL = dict(epochs=40, lr=1e-3, patch_size=28, dim=128, depth=4, heads=4)
 
 def reader(
-    sections:list|None=None, # names, or paths for `read_section`; ['synthetic'] for synthetic tissue, ['cscc'] for that series; the released code's 32 sections unless given
+    sections:list|None=None, # names or paths; ['synthetic'] or ['cscc']; the released code's 32 unless given
     root:str|Path|None=None, # folder of the data; `data_folder()` unless given
     folder:str|Path='tissue', # where synthetic tissue is drawn
 )->tuple: # a function from a name to its section, and the catalogue: index section, column patient
@@ -374,10 +460,14 @@ def reader(
     names = {}
     for given in sections or released_sections():
         s = read(given)
-        if section_name(s) in names: raise InputError(f'{given} and {names[section_name(s)][0]} are both called {section_name(s)}. Give each a name of its own: rename the folder, or the key in uns of the .h5ad file.')
+        if section_name(s) in names: raise InputError(
+            f'{given} and {names[section_name(s)][0]} are both called {section_name(s)}. '
+            'Give each a name of its own: rename the folder, or the key in uns of the .h5ad file.')
         names[section_name(s)] = given, s.uns['histogene'].get('patient', section_name(s))
-    return (lambda name: read(names[name][0])), pd.DataFrame(dict(patient={k: p for k,(_,p) in names.items()}))
+    return (lambda name: read(names[name][0])), pd.DataFrame(
+        dict(patient={k: p for k,(_,p) in names.items()}))
 
+# %% ../nbs/runs/commands.ipynb #56d10090
 def measured_rates(
     spots:int, # of a typical section
     patches:int, # of a super-resolved section
@@ -394,61 +484,78 @@ def measured_rates(
     from histogene_nb.training import fit
     device, model = default_device(device), HisToGene(n_genes, **options)
     size = model.config['patch_size']
-    example = (torch.randint(256, (spots, 3, size, size), dtype=torch.uint8), torch.randint(64, (spots, 2)), torch.randn(spots, n_genes))
-    fit(model, [example], 1, device=device, progress=False)                                      # warm
+    example = (torch.randint(256, (spots, 3, size, size), dtype=torch.uint8),
+               torch.randint(64, (spots, 2)), torch.randn(spots, n_genes))
+    fit(model, [example], 1, device=device, progress=False)  # warm
     times = []
     for epochs in (1, 1 + steps):
-        start = time.perf_counter(); fit(model, [example], epochs, device=device, progress=False); times.append(time.perf_counter() - start)
-    dense = (torch.zeros(1, 3, size, size, dtype=torch.uint8).expand(patches, -1, -1, -1), torch.zeros(patches, 2, dtype=torch.long))
-    start = time.perf_counter(); run_model(model, dense, device)
+        start = time.perf_counter()
+        fit(model, [example], epochs, device=device, progress=False)
+        times.append(time.perf_counter() - start)
+    dense = (torch.zeros(1, 3, size, size, dtype=torch.uint8).expand(patches, -1, -1, -1),
+             torch.zeros(patches, 2, dtype=torch.long))
+    start = time.perf_counter()
+    run_model(model, dense, device)
     return dict(train=(times[1] - times[0])/steps/spots, predict=(time.perf_counter() - start)/patches)
 
 # %% ../nbs/runs/commands.ipynb #0f23fd44
 @call_parse
 @_shell
 def histogene_reproduce(
-    sections:_words("Sections: names such as B4 C2, .h5ad files, or the one word synthetic or cscc (default: the released code's 32)", opt=False, nargs='*')=None, # names, .h5ad files, ['synthetic'] or ['cscc']; the released code's 32 unless given
+    sections:_words( # names, .h5ad files, ['synthetic'] or ['cscc']; the released code's 32 unless given
+        'Sections: names such as B4 C2, .h5ad files, or the one word synthetic or cscc '
+        "(default: the released code's 32)", opt=False, nargs='*')=None,
     out:str='reproduced', # Folder of the run; one that is there already is continued
     root:str=None, # Folder of the data
     by:str='section', # What is left out: section, patient or both
-    methods:str='all', # baselines, HisToGene, ST-Net (all: these three), ridge, texture, your own as module:Class; separated by commas
+    methods:str='all', # With commas: baselines, HisToGene, ST-Net (all: these), ridge, texture, module:Class
     panel:str=None, # File of genes to predict (default: the paper's rule, in each training fold)
-    only:str=None, # Folds to run, by the sections that they leave out, such as C3; separated by commas (default: all)
+    only:str=None, # Folds to run, by the sections left out, such as C3; separated by commas (default: all)
     seeds:int=1, # Models per fold
     epochs:int=None, # Passes over the sections of HisToGene (default: 100; synthetic: 40)
     backbone:str='densenet121', # Of ST-Net; efficientnet_lite0 needs no download
     stnet_epochs:int=None, # Passes over the spots of ST-Net (default: 10; synthetic: 4)
-    stnet_px:int=None, # Side of ST-Net's patches, twice a spot's width of tissue, in pixels (default: 224; synthetic: 48)
+    stnet_px:int=None, # Side of ST-Net's patches, two spots wide, in pixels (default: 224; synthetic: 48)
     device:str=None, # cpu, cuda or mps (default: the best there is)
-    precision:str=None, # Of the layers of HisToGene and ST-Net: float32, bfloat16 or float16 (default: by the device)
+    precision:str=None, # Of HisToGene and ST-Net: float32, bfloat16 or float16 (default: by the device)
     budget:float=None, # Hours; no fold is begun that would end later
     ray:str=None, # Address of a Ray cluster, such as auto
     cores:int=None, # Cores for each fold
     gpus:float=0, # GPUs for each fold, on a Ray cluster
     cache:str=None, # Folder that keeps patches (default: in the run's folder)
-    gene_sets:str=None, # Pathways for figure 2b: a GMT file, or a library's name for gseapy to download (default: none; synthetic: its programmes)
+    gene_sets:str=None, # Pathways: a GMT file, or a library's name for gseapy (default: none; synthetic: own)
 ):
     "Cross-validate as the paper does, and write the tables for its figures"
     start, out, synthetic = time.perf_counter(), Path(out), list(sections or ()) == ['synthetic']
     command = _command('histogene_reproduce', *(sections or ()))
     read, catalogue = reader(sections, root, out/'tissue')
-    from histogene_nb.crossval import baselines, cross_validate, duration, histogene, ridges, spot_model, tables_made, texture, write_tables
+    from histogene_nb.crossval import (baselines, cross_validate, duration, histogene, ridges, spot_model,
+                                       tables_made, texture, write_tables)
     from histogene_nb.interface import model_class
     from histogene_nb.expression import read_panel
     from histogene_nb.tissue import GENES
     given = lambda **options: {k: v for k,v in options.items() if v is not None}
-    histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)), **given(epochs=epochs, precision=precision)}
-    stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)), **given(epochs=stnet_epochs, patch_size=stnet_px, precision=precision), 'backbone': backbone}
-    every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as), 'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as),
-             'ridge': ridges, 'texture': texture}
+    histogene_as = {**(_SMALL if synthetic else dict(epochs=100, lr=1e-5)),
+                    **given(epochs=epochs, precision=precision)}
+    stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)),
+                **given(epochs=stnet_epochs, patch_size=stnet_px, precision=precision), 'backbone': backbone}
+    every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as),
+             'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as), 'ridge': ridges, 'texture': texture}
     chosen = list(every)[:3] if methods == 'all' else methods.split(',')
     for m in chosen:
         if ':' in m: every[m] = model_class(m)
-        if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, and your own models as module:Class.')
-    if by not in ('section', 'patient', 'both'): raise InputError(f'--by is section, patient or both, not {by}.')
+        if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, '
+                                            'and your own models as module:Class.')
+    named = {m.rpartition(':')[2]: every[m] for m in chosen}
+    if len(named) < len(chosen): raise InputError(f'Two of the methods {methods} have the same name. Give your class another.')
+    if by not in ('section', 'patient', 'both'):
+        raise InputError(f'--by is section, patient or both, not {by}.')
     genes = read_panel(panel) if panel else dict(n_top=120, min_spots=150) if synthetic else {}
-    done = cross_validate(read, catalogue, {m.rpartition(':')[2]: every[m] for m in chosen}, out, ('section', 'patient') if by == 'both' else (by,), genes, only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
-                          cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus, command=command)
+    done = cross_validate(read, catalogue, named, out,
+                          ('section', 'patient') if by == 'both' else (by,), genes,
+                          only=only and only.split(','), seeds=tuple(range(seeds)), device=device,
+                          cache=cache or out/'patches', budget=budget, ray=ray, cores=cores, gpus=gpus,
+                          command=command)
     sets = gene_sets or ({k: g.split() for k,g in GENES.items()} if synthetic else None)
     if not tables_made(out, out/'tables', sets): write_tables(out, out/'tables', read, sets)
     print(f'{len(done)} folds in {duration(time.perf_counter() - start)}; tables in {out/"tables"}')

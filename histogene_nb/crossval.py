@@ -22,7 +22,7 @@ from .devices import about_device, default_device, precision_on
 from .sections import leave_one_out, section_name
 from .expression import SCALES, normalize, select_panel
 from .measures import gene_measures, morans_i, noise_ceiling
-from .interface import SpotModel, class_name, model_class, predict
+from .interface import class_name, model_class, predict
 from .model import HisToGene, attention_maps
 from .patches import extract_patches
 from .position import grid_positions
@@ -61,7 +61,7 @@ def spot_model(
     kind:type|str=HisToGene, # the model's class, or its name as in `model_class`
     superres:int|None=None, # also super-resolved by this factor, and the spots recovered from that
     precision:str='auto', # of the layers, see `precision_on`
-    watch=None, # what else to keep: a function of model, section, its predictions and cache to a dictionary; of the first section
+    watch=None, # what else to keep of the first section: (model, section, predictions, cache) -> dictionary
     **settings, # of the model's `train_on`
 )->tuple: # list of predicted sections; a dictionary with losses, parameters and precision
     "Any model, trained on sections, and what it predicts of others"
@@ -76,8 +76,10 @@ def spot_model(
         if watch and not more: more = watch(model, section, found, cache)
         predicted += found
     used = precision_on(default_device(device), precision) if model.rounds else 'float32'
-    return predicted, dict(losses=[round(l, 5) for l in losses], parameters=sum(w.numel() for w in model.parameters()), precision=used,
-                           **{k: model.about['training'][k] for k in ('rank', 'alpha') if k in model.about['training']}, **more)
+    return predicted, dict(losses=[round(l, 5) for l in losses],
+                           parameters=sum(w.numel() for w in model.parameters()), precision=used,
+                           **{k: model.about['training'][k] for k in ('rank', 'alpha')
+                              if k in model.about['training']}, **more)
 
 # %% ../nbs/runs/crossval.ipynb #b8e70ce5
 def attention_shares(
@@ -85,44 +87,54 @@ def attention_shares(
     targets:np.ndarray, # (t,) indices of the target spots
     centres:np.ndarray, # (n, 2) centres of all spots, pixels
     radius:float, # how far neighbours reach, in the same pixels
-)->pd.DataFrame: # a row per layer: on_target and on_neighbours (shares of the weight), n_neighbours, n, even (1/n), distance (pixels)
-    "Where target spots' attention goes, by layer: means over heads and targets (the paper's Figure 5: single maps)"
-    apart = np.linalg.norm(centres[targets][:, None] - centres[None], axis=-1)                 # (t, n)
+)->pd.DataFrame: # by layer: on_target, on_neighbours (shares), n_neighbours, n, even (1/n), distance (pixels)
+    """Where target spots' attention goes, by layer: means over heads and targets
+    (the paper's Figure 5: single maps)"""
+    apart = np.linalg.norm(centres[targets][:, None] - centres[None], axis=-1)  # (t, n)
     near = (apart <= radius) & (np.arange(len(centres))[None] != np.asarray(targets)[:, None])
-    weight = maps.mean(1).double().numpy()                                                     # (depth, t, n)
-    own = np.take_along_axis(weight, np.asarray(targets)[None, :, None], 2)[..., 0]            # (depth, t)
-    return pd.DataFrame(dict(layer=range(1, len(weight) + 1), on_target=own.mean(1), on_neighbours=(weight*near).sum(-1).mean(1), n_neighbours=near.sum(1).mean(),
-                             n=len(centres), even=1/len(centres), distance=(weight*apart).sum(-1).mean(1)))
+    weight = maps.mean(1).double().numpy()  # (depth, t, n)
+    own = np.take_along_axis(weight, np.asarray(targets)[None, :, None], 2)[..., 0]  # (depth, t)
+    return pd.DataFrame(dict(
+        layer=range(1, len(weight) + 1), on_target=own.mean(1), on_neighbours=(weight*near).sum(-1).mean(1),
+        n_neighbours=near.sum(1).mean(), n=len(centres), even=1/len(centres),
+        distance=(weight*apart).sum(-1).mean(1)))
 
 # %% ../nbs/runs/crossval.ipynb #5bcc4644
 def _looks(model, section, predicted, radius, layers, cache):
-    "Attention shares of some of a prediction's places, each with a patch around it; the central place's maps go into its obs"
+    """Attention shares of some of a prediction's places, each with a patch around it.
+
+    The central place's maps go into its obs"""
     centres = predicted.obsm['spatial']
     targets = np.unique(np.linspace(0, len(centres) - 1, min(len(centres), 16)).astype(int))
     middle = int(np.linalg.norm(centres - np.median(centres, 0), axis=1).argmin())
     patches = extract_patches(section, model.config['patch_size'], centres, cache)
-    maps = attention_maps(model, patches, grid_positions(predicted, model.config['n_pos']), torch.tensor([middle, *targets]))
+    maps = attention_maps(model, patches, grid_positions(predicted, model.config['n_pos']),
+                          torch.tensor([middle, *targets]))
     for layer in layers: predicted.obs[f'attention_{layer}'] = maps[layer - 1, :, 0].mean(0).numpy()
     shares = attention_shares(maps[:, :, 1:], targets, centres, radius)
-    return shares.assign(section=section_name(section), level=predicted.uns['histogene']['predicted_by']).to_dict('records')
+    return shares.assign(section=section_name(section),
+                         level=predicted.uns['histogene']['predicted_by']).to_dict('records')
 
 def _watch_attention(model, section, predicted, cache):
     "Attention in a test section, at the spots and super-resolved"
     depth, (spots, *_, dense) = model.config['depth'], predicted
-    layers = sorted({1, (depth + 1)//2, depth})                                               # shallow, median and deep
+    layers = sorted({1, (depth + 1)//2, depth})  # shallow, median and deep
     radius = 1.5*np.median(cKDTree(section.obsm['spatial']).query(section.obsm['spatial'], k=2)[0][:, 1])
-    return dict(attention=[row for p in (spots, dense) for row in _looks(model, section, p, radius, layers, cache)])
+    return dict(attention=[row for p in (spots, dense)
+                           for row in _looks(model, section, p, radius, layers, cache)])
 
+# %% ../nbs/runs/crossval.ipynb #3e780e9a
 def histogene(
     training:list, # sections, raw counts
     test:list, # sections to predict
     panel:list, # genes to predict
     normalization:str='paper', # see `normalize`
     superres:int=4, # for HisToGene* and HisToGene_SR
-    **settings, # of `spot_model`, and of `HisToGene.train_on`: epochs, lr, every, augment, dim, depth, heads, ...
+    **settings, # of `spot_model`, and of `HisToGene.train_on`: epochs, lr, every, augment, dim, depth, ...
 )->tuple: # list of predicted sections; a dictionary with losses, and attention in the first test section
     "HisToGene, HisToGene* and HisToGene_SR from one trained model"
-    return spot_model(training, test, panel, normalization, kind=HisToGene, superres=superres, watch=_watch_attention, **settings)
+    return spot_model(training, test, panel, normalization, kind=HisToGene, superres=superres,
+                      watch=_watch_attention, **settings)
 
 # %% ../nbs/runs/crossval.ipynb #1895d0f1
 def ridges(
@@ -142,26 +154,32 @@ def ridges(
     known, predicted = [normalize(s, panel, normalization) for s in training], []
     textures = Textures(load_lite0()).to(default_device(device))
     see_textures = lambda s: texture_numbers(textures, s, size=size, cache=cache, views=views).numpy()
-    for name,see in {'ridge on colours': partial(colour_numbers, cache=cache), 'ridge on textures': see_textures}.items():
+    for name,see in {'ridge on colours': partial(colour_numbers, cache=cache),
+                     'ridge on textures': see_textures}.items():
         numbers = [see(s) for s in training]
-        predicted += [ev.as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known, name) for s in test]
+        predicted += [ev.as_prediction(s, ridge_baseline(numbers, [k.X for k in known], see(s)), known, name)
+                      for s in test]
     return predicted, {}
 
+# %% ../nbs/runs/crossval.ipynb #7f05f132
 def texture(
     training:list, # sections, raw counts
     test:list, # sections to predict
     panel:list, # genes to predict
     normalization:str='paper', # see `normalize`
     label:str='texture', # what the predictions are called
-    array_from:tuple=(), # sections whose counts also teach what the array yields; those of the tested patients are left out
+    array_from:tuple=(), # sections that teach the array's yields, too; those of tested patients are left out
     **settings, # of `spot_model`, and of `TextureModel.train_on`: rank, alpha, use_array, members, ...
-)->tuple: # list of predicted sections; a dictionary with losses, rank, alpha, the inner folds and the number of parameters
+)->tuple: # list of predicted sections; a dictionary: losses, rank, alpha, inner folds, number of parameters
     "The texture model"
     patients, trained = {s.uns['histogene']['patient'] for s in test}, {section_name(s) for s in training}
-    if array_from: settings['array_from'] = [s for s in array_from if s.uns['histogene']['patient'] not in patients and section_name(s) not in trained]
+    if array_from:
+        settings['array_from'] = [s for s in array_from if s.uns['histogene']['patient'] not in patients
+                                  and section_name(s) not in trained]
     inner = lambda model, *_: dict(inner_folds=model.about['inner_folds'])
-    predicted, found = spot_model(training, test, panel, normalization, kind='texture', watch=inner, **settings)
-    for p in predicted: p.uns['histogene']['predicted_by'] = label
+    predicted, found = spot_model(training, test, panel, normalization, kind='texture', watch=inner,
+                                  **settings)
+    for p in predicted: p.uns['histogene']['predicted_by'] = p.uns['histogene']['predicted_by'].replace('texture', label, 1)
     return predicted, found
 
 # %% ../nbs/runs/crossval.ipynb #003848e7
@@ -172,25 +190,31 @@ def provenance(
     **more, # anything else worth keeping: seed, sections
 )->dict: # command, versions, device, date, wall time (s), peak memory (GB)
     "What made a result"
-    out = dict(command=command, histogene_nb=histogene_nb.__version__, torch=torch.__version__, **about_device(device), threads=torch.get_num_threads(),
-               date=datetime.now(timezone.utc).strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - start, 1))
+    out = dict(command=command, histogene_nb=histogene_nb.__version__, torch=torch.__version__,
+               **about_device(device), threads=torch.get_num_threads(),
+               date=datetime.now(timezone.utc).strftime('%Y-%m-%d'),
+               seconds=round(time.perf_counter() - start, 1))
     if os.name == 'posix':
         import resource
-        out['peak_memory_GB'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform != 'darwin' else 1e9), 2)
+        out['peak_memory_GB'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                                      /(1e6 if sys.platform != 'darwin' else 1e9), 2)
     return {**out, **more}
 
+# %% ../nbs/runs/crossval.ipynb #11602bcd
 def write_h5ad(
     section:ad.AnnData, # measured or predicted
     path:str|Path, # ends in .h5ad
 )->Path: # the path
-    "Write an AnnData in one step: made in memory, since HDF5 does not survive a disk that fills up while it writes"
+    """Write an AnnData in one step: made in memory,
+    since HDF5 does not survive a disk that fills up while it writes"""
     made = io.BytesIO()
     with h5py.File(made, 'w') as f: ad.io.write_elem(f, '/', section, dataset_kwargs=dict(compression='gzip'))
     with whole_file(path) as part: part.write_bytes(made.getbuffer())
     return Path(path)
 
 # %% ../nbs/runs/crossval.ipynb #7c1f03a3
-_FOLD = dict(method=str, seed=int, training=list, test=list, n_training_spots=int, normalization=str, n_genes=int, genes=list, resumed=bool, mean_r=list, seconds=(int, float))
+_FOLD = dict(method=str, seed=int, training=list, test=list, n_training_spots=int, normalization=str,
+             n_genes=int, genes=list, resumed=bool, mean_r=list, seconds=(int, float))
 _RUN = dict(sections=dict, panel=(list, dict, type(None)), normalization=str, methods=dict)
 
 def _kept(file, kinds, hint):
@@ -205,12 +229,16 @@ def _begun(file): return _kept(file, _RUN, 'Choose another folder, or delete thi
 
 def _again(folder): return f'Delete the folder {folder.name} to have this fold done again.'
 
+# %% ../nbs/runs/crossval.ipynb #817d2124
 def _finished(file):
     "What fold.json says of a finished fold"
     found = _kept(file, _FOLD, _again(file.parent))
     with reading(file, 'a finished fold', _again(file.parent)):
-        if f"{found['method']}-{fold_name(found['test'])}-seed{found['seed']}" != file.parent.name: raise ValueError('it belongs to another fold')
-        if found['normalization'] not in SCALES or not (0 < found['n_training_spots'] and 0 <= found['seconds'] < np.inf): raise ValueError('its numbers are impossible')
+        if f"{found['method']}-{fold_name(found['test'])}-seed{found['seed']}" != file.parent.name:
+            raise ValueError('it belongs to another fold')
+        if found['normalization'] not in SCALES or not (
+                0 < found['n_training_spots'] and 0 <= found['seconds'] < np.inf):
+            raise ValueError('its numbers are impossible')
         pd.DataFrame(found['mean_r']).astype(dict(method=str, section=str, mean=float))
         pd.DataFrame(found.get('attention', []))
     return found
@@ -220,41 +248,56 @@ def _scores(folder):
     with reading(folder/'scores.csv', 'the scores of a finished fold', _again(folder)):
         found = pd.read_csv(folder/'scores.csv')
         numbers = ['r', 'n', 'ceiling', 'sd_ratio', 'relative_error', 'moran', 'moran_observed']
-        found = found.astype({**dict.fromkeys(['method', 'section', 'gene'], str), **dict.fromkeys(numbers, float)}).astype(dict(n=int))
-        if not len(found) or found.duplicated(['method', 'section', 'gene']).any() or found.r.abs().max() > 1.001: raise ValueError('a gene occurs twice, or a number is impossible')
+        found = found.astype({**dict.fromkeys(['method', 'section', 'gene'], str),
+                              **dict.fromkeys(numbers, float)}).astype(dict(n=int))
+        if (not len(found) or found.duplicated(['method', 'section', 'gene']).any()
+            or found.r.abs().max() > 1.001):
+            raise ValueError('a gene occurs twice, or a number is impossible')
     return found
 
+# %% ../nbs/runs/crossval.ipynb #ac2a31bc
 def _prediction(file, section):
     "A prediction of this section in a finished fold"
     with reading(file, 'a prediction', _again(file.parent)):
         found = ad.read_h5ad(file)
-        if section_name(found) != section or not isinstance(found.uns['histogene']['predicted_by'], str): raise ValueError('it belongs to another section')
-        if not np.isfinite(found.X).all() or not np.isfinite(found.obsm['spatial']).all() or found.obsm['spatial'].shape != (len(found), 2) or not found.var_names.is_unique: raise ValueError('its numbers are impossible')
-        if not 0 < found.uns['spatial'][section]['scalefactors']['spot_diameter_fullres'] < np.inf: raise ValueError('its spots have no width')
+        if section_name(found) != section or not isinstance(found.uns['histogene']['predicted_by'], str):
+            raise ValueError('it belongs to another section')
+        if (not np.isfinite(found.X).all() or not np.isfinite(found.obsm['spatial']).all()
+            or found.obsm['spatial'].shape != (len(found), 2) or not found.var_names.is_unique):
+            raise ValueError('its numbers are impossible')
+        if not 0 < found.uns['spatial'][section]['scalefactors']['spot_diameter_fullres'] < np.inf:
+            raise ValueError('its spots have no width')
     return found
 
 # %% ../nbs/runs/crossval.ipynb #00963eb4
-def _file(predicted): return f"{section_name(predicted)}-{predicted.uns['histogene']['predicted_by']}.h5ad".replace('*', '_star').replace(' ', '_')
+def _file(predicted):
+    return (f"{section_name(predicted)}-{predicted.uns['histogene']['predicted_by']}.h5ad"
+            .replace('*', '_star').replace(' ', '_'))
 
+# %% ../nbs/runs/crossval.ipynb #97b30210
 def score(
     measured:list, # test sections, raw counts
     predicted:list, # predicted sections; those not at the spots (super-resolved) are not scored
     mean:pd.Series, # the training mean of each gene, on that scale
     normalization:str='paper', # of the predictions
-)->pd.DataFrame: # a row per prediction, section and gene: what `gene_correlations` and `gene_measures` say of it, the section's noise ceiling and Moran's I
+)->pd.DataFrame: # by prediction, section, gene: `gene_correlations`, `gene_measures`, ceiling, moran_observed
     "How good every predicted gene is in every test section"
     rows = []
     for section in measured:
         name, known = section_name(section), [g for g in mean.index if g in section.var_names]
         observed = normalize(section, known, normalization)
-        limits = pd.DataFrame(dict(ceiling=noise_ceiling(section, known, normalization), moran_observed=morans_i(observed)))
+        limits = pd.DataFrame(dict(ceiling=noise_ceiling(section, known, normalization),
+                                   moran_observed=morans_i(observed)))
         for p in predicted:
             if section_name(p) != name or list(p.obs_names) != list(section.obs_names): continue
-            table = ev.gene_correlations(observed, p[:, known]).join(gene_measures(observed, p[:, known], mean)).join(limits)
-            rows.append(table.rename_axis('gene').reset_index().assign(method=p.uns['histogene']['predicted_by'], section=name))
+            table = (ev.gene_correlations(observed, p[:, known])
+                     .join(gene_measures(observed, p[:, known], mean)).join(limits))
+            rows.append(table.rename_axis('gene').reset_index()
+                        .assign(method=p.uns['histogene']['predicted_by'], section=name))
     scores = pd.concat(rows)
     return scores[['method', 'section', *(c for c in scores if c not in ('method', 'section'))]]
 
+# %% ../nbs/runs/crossval.ipynb #d9bb1faa
 def run_fold(
     name:str, # of the method
     method, # a function like `histogene`
@@ -262,7 +305,7 @@ def run_fold(
     training:list, # names of sections
     test:list, # names of sections
     out:str|Path, # folder of the run
-    panel:list|dict|None=None, # genes; or how `select_panel` chooses them on the training sections: n_top, min_spots
+    panel:list|dict|None=None, # genes; or how `select_panel` chooses them in training: n_top, min_spots
     normalization:str='paper', # see `normalize`
     seed:int=0, # of weights and training
     device:str|None=None, # chosen unless given
@@ -279,15 +322,20 @@ def run_fold(
     resumed = (part/'training.safetensors').is_file()
     train_sections, test_sections = [read(s) for s in training], [read(s) for s in test]
     genes = panel if isinstance(panel, list) else select_panel(train_sections, **(panel or {}))
-    predicted, more = method(train_sections, test_sections, genes, normalization=normalization, seed=seed, device=device, checkpoint=part/'training.safetensors', cache=cache)
-    mean = pd.Series(np.concatenate([normalize(s, genes, normalization).X for s in train_sections]).mean(0), index=genes)
+    predicted, more = method(train_sections, test_sections, genes, normalization=normalization, seed=seed,
+                             device=device, checkpoint=part/'training.safetensors', cache=cache)
+    mean = pd.Series(np.concatenate([normalize(s, genes, normalization).X for s in train_sections]).mean(0),
+                     index=genes)
     scores = score(test_sections, predicted, mean, normalization)
     for p in predicted: write_h5ad(p, part/_file(p))
     scores.to_csv(part/'scores.csv', index=False)
-    mean = scores.groupby(['method', 'section'], sort=False).r.agg(['mean', 'median', 'count']).round(5).reset_index()
-    found = dict(method=name, seed=seed, training=list(training), test=list(test), n_training_spots=sum(len(s) for s in train_sections), normalization=normalization,
-                 panel='given' if isinstance(panel, list) else 'chosen on the training sections', n_genes=len(genes), genes=list(genes), resumed=resumed,
-                 mean_r=mean.to_dict('records'), **provenance(command, start, device), **more)
+    mean = (scores.groupby(['method', 'section'], sort=False).r.agg(['mean', 'median', 'count'])
+            .round(5).reset_index())
+    found = dict(method=name, seed=seed, training=list(training), test=list(test),
+                 n_training_spots=sum(len(s) for s in train_sections), normalization=normalization,
+                 panel='given' if isinstance(panel, list) else 'chosen on the training sections',
+                 n_genes=len(genes), genes=list(genes), resumed=resumed, mean_r=mean.to_dict('records'),
+                 **provenance(command, start, device), **more)
     (part/'fold.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
     (part/'training.safetensors').unlink(missing_ok=True)
     if done.exists(): shutil.rmtree(done)
@@ -295,11 +343,18 @@ def run_fold(
     return found
 
 # %% ../nbs/runs/crossval.ipynb #f2a9e20c
+def _method(m):
+    "A method as a function: of a model's class, with or without settings, the one that trains any model"
+    if isinstance(m, type): return partial(spot_model, kind=m)
+    return partial(spot_model, kind=m.func, **m.keywords) if isinstance(m, partial) and isinstance(m.func, type) else m
+
 def _settings(methods, catalogue, panel, normalization):
     "What must not change between two parts of a run"
-    plain = lambda v: class_name(v) if isinstance(v, type) else v
-    how = lambda m: {'function': getattr(m, 'func', m).__name__, **{k: plain(v) for k,v in getattr(m, 'keywords', {}).items()}}
-    return dict(sections=catalogue.patient.to_dict(), panel=panel, normalization=normalization, methods={k: how(m) for k,m in methods.items()})
+    plain = lambda v: class_name(v) if isinstance(v, type) else getattr(v, '__name__', v) if callable(v) else v
+    how = lambda m: {'function': getattr(m, 'func', m).__name__,
+                     **{k: plain(v) for k,v in getattr(m, 'keywords', {}).items()}}
+    return dict(sections=catalogue.patient.to_dict(), panel=panel, normalization=normalization,
+                methods={k: how(m) for k,m in methods.items()})
 
 def _same_run(out, settings):
     "Write run.json, or check that an earlier one is of the same run; methods can be added"
@@ -308,18 +363,24 @@ def _same_run(out, settings):
     if file.is_file():
         old = _begun(file)
         for key in ('sections', 'panel', 'normalization'):
-            if old[key] != new[key]: raise InputError(f'{file}: this run was begun with another {key}. Choose another folder, or delete this one.')
+            if old[key] != new[key]: raise InputError(f'{file}: this run was begun with another {key}. '
+                                                      'Choose another folder, or delete this one.')
         for k in old['methods'].keys() & new['methods'].keys():
-            if old['methods'][k] != new['methods'][k]: raise InputError(f"{file}: method {k} was begun with other settings ({old['methods'][k]}, now {new['methods'][k]}). Choose another folder, or delete this one.")
+            if old['methods'][k] != new['methods'][k]: raise InputError(
+                f"{file}: method {k} was begun with other settings ({old['methods'][k]}, now "
+                f"{new['methods'][k]}). Choose another folder, or delete this one.")
         new['methods'] = {**old['methods'], **new['methods']}
     with whole_file(file) as part: part.write_text(json.dumps(new, indent=1), encoding='utf-8')
 
+# %% ../nbs/runs/crossval.ipynb #49447a9d
 def duration(
     seconds:float, # to say
 )->str: # as '42 s', '7 min' or '2.5 h'
     "A time in the unit that suits it"
-    return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
+    return (f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000
+            else f'{seconds/3600:.1f} h')
 
+# %% ../nbs/runs/crossval.ipynb #272e62af
 def seconds_left(
     todo:list, # of (method, training spots) of the folds still to do
     done:list, # of fold.json's contents
@@ -328,14 +389,15 @@ def seconds_left(
     rate = {}
     for m in {d['method'] for d in done}:
         mine = [d for d in done if d['method'] == m]
-        mine = [d for d in mine if not d['resumed']] or mine                                   # the time of a resumed fold lacks its first part
+        mine = [d for d in mine if not d['resumed']] or mine  # a resumed fold's time lacks its first part
         rate[m] = sum(d['seconds'] for d in mine)/sum(d['n_training_spots'] for d in mine)
     return sum(spots*rate.get(m, float('nan')) for m,spots in todo)
 
+# %% ../nbs/runs/crossval.ipynb #721e724b
 def cross_validate(
     read, # name of a section -> the section
     catalogue:pd.DataFrame, # index: sections; column: patient
-    methods:dict, # name -> a model's class, or a function like `histogene`; with its settings by `functools.partial`
+    methods:dict, # name -> a model's class, or a function like `histogene`; settings by `functools.partial`
     out:str|Path, # folder of the run; a run that is there already is continued
     by:tuple=('section',), # what is left out: 'section', 'patient' or both
     panel:list|dict|None=None, # genes; or how `select_panel` chooses them in each training fold
@@ -345,26 +407,33 @@ def cross_validate(
     device:str|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     budget:float|None=None, # hours; no fold is begun that would end later
-    ray:str|None=None, # a Ray cluster's address: 'auto', 'local' or 'ray://host:port'; without one, folds run here
+    ray:str|None=None, # a Ray cluster: 'auto', 'local' or 'ray://host:port'; without one, folds run here
     cores:int|None=None, # of each fold
     gpus:float=0, # of each fold, on a Ray cluster
     command:str='cross_validate', # what was called, for the record
 )->list: # fold.json's contents, of all folds that are done
     "Cross-validate methods, fold by fold (paper: Overview of evaluations)"
     start, out = time.perf_counter(), Path(out)
-    methods = {k: partial(spot_model, kind=m) if isinstance(m, type) else m for k,m in methods.items()}
+    methods = {k: _method(m) for k,m in methods.items()}
     folds = {fold_name(test): (training, test) for b in by for _,training,test in leave_one_out(catalogue, b)}
     for name,(training,_) in folds.items():
-        if not training: raise InputError(f'Without {name} there is no section left to train on. Give more sections or patients.')
-    if unknown := set(only or ()) - set(folds): raise InputError(f'There is no fold {", ".join(sorted(unknown))}; there are {", ".join(folds)}.')
+        if not training:
+            raise InputError(f'Without {name} there is no section left to train on. '
+                             'Give more sections or patients.')
+    if unknown := set(only or ()) - set(folds):
+        raise InputError(f'There is no fold {", ".join(sorted(unknown))}; there are {", ".join(folds)}.')
     folds = {f: v for f,v in folds.items() if only is None or f in only}
     out.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out/'.lock')
     try: lock.acquire(timeout=0)
-    except filelock.Timeout: raise InputError(f'{out}: another run is at work in this folder. Wait for it, or choose another folder.') from None
+    except filelock.Timeout:
+        raise InputError(f'{out}: another run is at work in this folder. '
+                         'Wait for it, or choose another folder.') from None
     with lock:
         _same_run(out, _settings(methods, catalogue, panel, normalization))
-        tasks = {(m, f, s): dict(name=m, method=method, read=read, training=folds[f][0], test=folds[f][1], out=out, panel=panel, normalization=normalization, seed=s, device=device, cache=cache, cores=cores, command=command)
+        tasks = {(m, f, s): dict(name=m, method=method, read=read, training=folds[f][0], test=folds[f][1],
+                                 out=out, panel=panel, normalization=normalization, seed=s, device=device,
+                                 cache=cache, cores=cores, command=command)
                  for s in seeds for m,method in methods.items() for f in folds}
         there = {k: out/f'{k[0]}-{k[1]}-seed{k[2]}'/'fold.json' for k in tasks}
         done = {k: _finished(f) for k,f in there.items() if f.is_file()}
@@ -372,31 +441,46 @@ def cross_validate(
         spots = {k: sum(sizes[s] for s in t['training']) for k,t in tasks.items()}
         if done: print(f'{len(done)} of {len(tasks)} folds are done already')
         todo = {k: t for k,t in tasks.items() if k not in done}
-        late = lambda key: budget is not None and time.perf_counter() - start + np.nan_to_num(seconds_left([(key[0], spots[key])], list(done.values()))) > 3600*budget
+        late = lambda key: (budget is not None and time.perf_counter() - start
+            + np.nan_to_num(seconds_left([(key[0], spots[key])], list(done.values()))) > 3600*budget)
         at_once, results = _on_ray(ray, todo, late, cores, gpus) if ray and todo else (1, _here(todo, late))
         for key,found in results:
             done[key] = found
-            r = ', '.join(f"{method} {mean:.3f}" for method,mean in pd.DataFrame(found['mean_r']).groupby('method', sort=False)['mean'].mean().items())
-            left = seconds_left([(k[0], spots[k]) for k in tasks if k not in done], list(done.values()))/at_once
-            print(f"{key[0]}, {key[1]} left out, seed {key[2]}: mean r {r}; {duration(found['seconds'])}. {len(done)} of {len(tasks)} done" + ('' if len(done) == len(tasks) else ', time left not known yet' if np.isnan(left) else f', about {duration(left)} left'), flush=True)
-        if len(done) < len(tasks): print(f'{len(tasks) - len(done)} folds did not fit into the budget of {budget:g} h; give the same call again to go on')
+            r = ', '.join(f"{method} {mean:.3f}" for method,mean in pd.DataFrame(found['mean_r'])
+                          .groupby('method', sort=False)['mean'].mean().items())
+            left = seconds_left([(k[0], spots[k]) for k in tasks if k not in done],
+                                list(done.values()))/at_once
+            print(f"{key[0]}, {key[1]} left out, seed {key[2]}: mean r {r}; {duration(found['seconds'])}. "
+                  f"{len(done)} of {len(tasks)} done"
+                  + ('' if len(done) == len(tasks) else ', time left not known yet' if np.isnan(left)
+                     else f', about {duration(left)} left'), flush=True)
+        if len(done) < len(tasks):
+            print(f'{len(tasks) - len(done)} folds did not fit into the budget of {budget:g} h; '
+                  'give the same call again to go on')
     return [done[k] for k in tasks if k in done]
 
+# %% ../nbs/runs/crossval.ipynb #fe16c92c
 def _here(todo, late):
     "Run folds in this process, one after the other"
     for key,task in todo.items():
         if late(key): return
         yield key, run_fold(**task)
 
+# %% ../nbs/runs/crossval.ipynb #83e03a45
 def _on_ray(address, todo, late, cores, gpus):
-    "How many folds a Ray cluster runs at once, and their results as they come; a fold whose worker dies is tried again, three times"
+    """How many folds a Ray cluster runs at once, and their results as they come.
+
+    A fold whose worker dies is tried again, three times"""
     try: import ray
     except ImportError as e: raise InputError("Ray is not installed: pip install 'histogene_nb[ray]'.") from e
     if not ray.is_initialized(): ray.init(None if address == 'local' else address, log_to_driver=False)
     have, cores = ray.cluster_resources(), cores or 1
     at_once = int(min([have.get('CPU', 0)//cores, *([have.get('GPU', 0)//gpus] if gpus else [])]))
-    if at_once < 1: raise InputError(f"The Ray cluster has {have.get('CPU', 0):g} cores and {have.get('GPU', 0):g} GPUs: a fold with {cores} cores and {gpus:g} GPUs does not fit. Ask for less.")
-    if not gpus and (idle := have.get('GPU', 0)): print(f'The Ray cluster has {idle:g} GPUs, and no fold uses one: give --gpus 1 (gpus=1) if it should')
+    if at_once < 1: raise InputError(
+        f"The Ray cluster has {have.get('CPU', 0):g} cores and {have.get('GPU', 0):g} GPUs: a fold with "
+        f"{cores} cores and {gpus:g} GPUs does not fit. Ask for less.")
+    if not gpus and (idle := have.get('GPU', 0)):
+        print(f'The Ray cluster has {idle:g} GPUs, and no fold uses one: give --gpus 1 (gpus=1) if it should')
     fold = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=3)(run_fold)
     def results():
         waiting, running = list(todo), {}
@@ -410,8 +494,10 @@ def _on_ray(address, todo, late, cores, gpus):
     return at_once, results()
 
 # %% ../nbs/runs/crossval.ipynb #fdd9ca5d
-_LISTS = ('genes', 'mean_r', 'attention', 'losses', 'inner_folds', 'training', 'test')                  # of fold.json: not for folds.csv
+# of fold.json: not for folds.csv
+_LISTS = ('genes', 'mean_r', 'attention', 'losses', 'inner_folds', 'training', 'test')
 
+#| fold
 def fold_names(
     sections:dict, # section -> patient, as in run.json
     by:str='section', # or 'patient'
@@ -419,38 +505,48 @@ def fold_names(
     "The folds of a split, by name"
     return [fold_name(test) for _,_,test in leave_one_out(pd.DataFrame(dict(patient=sections)), by)]
 
+# %% ../nbs/runs/crossval.ipynb #f61d47f7
 def finished_folds(
     run:str|Path, # folder of a run
 )->list: # dicts, what fold.json holds and the fold's folder
     "The folds of a run that are done; `InputError` if there is none"
     files = sorted(Path(run).glob('*/fold.json'))
-    if not files: raise InputError(f'{run}: no fold is finished here. Give the folder of a run (cross_validate, histogene_reproduce).')
+    if not files: raise InputError(f'{run}: no fold is finished here. '
+                                   'Give the folder of a run (cross_validate, histogene_reproduce).')
     return [{**_finished(f), 'folder': f.parent} for f in files]
 
+# %% ../nbs/runs/crossval.ipynb #a12e8092
 def _wide(folds):
-    "r by gene (rows) and method, fold, section, seed, n (columns); inf where there is no r, NaN where the fold's panel lacks the gene"
+    """r by gene (rows) and method, fold, section, seed, n (columns).
+
+    Inf where there is no r, NaN where the fold's panel lacks the gene"""
     found = {}
     for f in folds:
         for (m,s),t in _scores(f['folder']).groupby(['method', 'section'], sort=False):
-            found[m, fold_name(f['test']), s, f['seed'], int(t.n.iloc[0])] = t.set_index('gene').r.fillna(np.inf)
+            found[m, fold_name(f['test']), s, f['seed'], int(t.n.iloc[0])] = (
+                t.set_index('gene').r.fillna(np.inf))
     return pd.DataFrame(found).rename_axis(columns=['method', 'fold', 'section', 'seed', 'n'])
 
-def _has_r(by): return any(c.r.notna().any() for c in by.values())                    # the training mean has none
+def _has_r(by): return any(c.r.notna().any() for c in by.values())  # the training mean has none
 
 def _best_genes(tables, n=4):
     "The best genes of each method, by the paper's ranking over sections"
-    return sorted({g for m,by in correlations(tables).items() if _has_r(by) for g in ev.rank_genes(by).index[:n]})
+    return sorted({g for m,by in correlations(tables).items() if _has_r(by)
+                   for g in ev.rank_genes(by).index[:n]})
 
+# %% ../nbs/runs/crossval.ipynb #2a167897
 def mean_measures(
     folds:list, # from `finished_folds`
 )->pd.DataFrame: # a row per method, fold, section and seed
     "What r and the measures beyond it say of each method in each section, as means over genes"
-    scores = pd.concat([_scores(f['folder']).assign(fold=fold_name(f['test']), seed=f['seed']) for f in folds])
+    scores = pd.concat([_scores(f['folder']).assign(fold=fold_name(f['test']), seed=f['seed'])
+                        for f in folds])
     scores['better_than_mean'] = (scores.relative_error < 1).astype(float)
     by = scores.groupby(['method', 'fold', 'section', 'seed'], sort=False)
     kept = ['r', 'ceiling', 'sd_ratio', 'relative_error', 'better_than_mean', 'moran', 'moran_observed']
     return by[kept].mean().assign(median_r=by.r.median(), n_genes=by.size()).reset_index()
 
+# %% ../nbs/runs/crossval.ipynb #415b9e80
 def write_tables(
     run:str|Path, # folder of a run
     folder:str|Path, # where the tables go
@@ -461,23 +557,33 @@ def write_tables(
     folds, folder = finished_folds(run), Path(folder)
     known = _begun(Path(run)/'run.json')
     tables = dict(run=known, r=_wide(folds), measures=mean_measures(folds))
-    tables['folds'] = pd.DataFrame([{**{k: v for k,v in f.items() if k not in (*_LISTS, 'folder')}, 'fold': fold_name(f['test'])} for f in folds])
-    tables['attention'] = pd.DataFrame([{**row, 'fold': fold_name(f['test']), 'seed': f['seed']} for f in folds for row in f.get('attention', [])])
+    tables['folds'] = pd.DataFrame([{**{k: v for k,v in f.items() if k not in (*_LISTS, 'folder')},
+                                     'fold': fold_name(f['test'])} for f in folds])
+    tables['attention'] = pd.DataFrame([{**row, 'fold': fold_name(f['test']), 'seed': f['seed']}
+                                        for f in folds for row in f.get('attention', [])])
     tables['clusters'], tables['maps'] = _maps(folds, tables, read)
     ranked = {m: ev.rank_genes(by) for m,by in correlations(tables).items() if _has_r(by)}
-    if gene_sets is not None and ranked: tables['pathways'] = pd.concat([ev.enrich_pathways(r, gene_sets).reset_index().assign(method=m) for m,r in ranked.items()])
+    if gene_sets is not None and ranked:
+        tables['pathways'] = pd.concat([ev.enrich_pathways(r, gene_sets).reset_index().assign(method=m)
+                                        for m,r in ranked.items()])
     folder.mkdir(parents=True, exist_ok=True)
-    for name,digits in (('folds', 3), ('r', 5), ('measures', 5), ('attention', 6), ('clusters', 4), ('maps', 3), ('pathways', 4)):
+    for name,digits in (('folds', 3), ('r', 5), ('measures', 5), ('attention', 6), ('clusters', 4),
+                        ('maps', 3), ('pathways', 4)):
         if name not in tables: continue
-        with whole_file(folder/f'{name}.csv') as part: tables[name].to_csv(part, index=name == 'r', float_format=f'%.{digits}g')
+        with whole_file(folder/f'{name}.csv') as part:
+            tables[name].to_csv(part, index=name == 'r', float_format=f'%.{digits}g')
     about = {**known, 'made_from': _made_from(folds, [t for t in tables if t != 'run'], gene_sets)}
-    with whole_file(folder/'run.json') as part: part.write_text(json.dumps(about, indent=1), encoding='utf-8')        # last: the others are whole
+    with whole_file(folder/'run.json') as part:  # last: the others are whole
+        part.write_text(json.dumps(about, indent=1), encoding='utf-8')
 
+# %% ../nbs/runs/crossval.ipynb #6781a009
 def _made_from(folds, tables, gene_sets):
     "What tables are made from, for their run.json"
     sets = hashlib.sha1(json.dumps(gene_sets, sort_keys=True, default=str).encode()).hexdigest()
-    return dict(tables=tables, folds=[f['folder'].name for f in folds], gene_sets=sets, histogene_nb=histogene_nb.__version__)
+    return dict(tables=tables, folds=[f['folder'].name for f in folds], gene_sets=sets,
+                histogene_nb=histogene_nb.__version__)
 
+# %% ../nbs/runs/crossval.ipynb #639c3a48
 def tables_made(
     run:str|Path, # folder of a run
     folder:str|Path, # where its tables should be
@@ -488,17 +594,22 @@ def tables_made(
     try:
         about = json.loads((folder/'run.json').read_text(encoding='utf-8'))
         tables = about['made_from']['tables']
-        if about != {**_begun(Path(run)/'run.json'), 'made_from': _made_from(folds, tables, gene_sets)}: return False
+        if about != {**_begun(Path(run)/'run.json'),
+                     'made_from': _made_from(folds, tables, gene_sets)}: return False
         oldest = min((folder/f'{t}.csv').stat().st_mtime_ns for t in tables)
-    except (OSError, ValueError, KeyError, TypeError): return False                       # not there, of an earlier version, or damaged
+    except (OSError, ValueError, KeyError, TypeError): return False  # not there, earlier version, damaged
     sets = [Path(gene_sets)] if isinstance(gene_sets, (str, Path)) and Path(gene_sets).is_file() else []
-    return all(p.stat().st_mtime_ns < oldest for p in [*sets, *(p for f in folds for p in f['folder'].iterdir())])
+    return all(p.stat().st_mtime_ns < oldest
+               for p in [*sets, *(p for f in folds for p in f['folder'].iterdir())])
 
+# %% ../nbs/runs/crossval.ipynb #30bf8048
 def _maps(folds, tables, read):
     "Clusters against labels, and maps of the best genes, of the folds in which one section is left out"
     genes, clusters, maps = _best_genes(tables), [], []
-    best = [ev.rank_genes(by).iloc[:4].best_section for m,by in correlations(tables).items() if m.startswith('HisToGene')]
-    shown = {s: sorted({g for t in best for g in t.index[t == s]}) for s in pd.concat(best)} if best else {}        # section -> genes predicted best there
+    best = [ev.rank_genes(by).iloc[:4].best_section for m,by in correlations(tables).items()
+            if m.startswith('HisToGene')]
+    shown = {s: sorted({g for t in best for g in t.index[t == s]})  # section -> genes predicted best there
+             for s in pd.concat(best)} if best else {}
     single = [f for f in folds if len(f['test']) == 1 and f['seed'] == min(g['seed'] for g in folds)]
     for section in dict.fromkeys(f['test'][0] for f in single):
         measured = read(section)
@@ -507,53 +618,72 @@ def _maps(folds, tables, read):
         observed = normalize(measured, list(predicted[0].var_names), mine[0]['normalization'])
         observed.uns['histogene']['predicted_by'] = 'observed'
         for p in [observed, *predicted]:
-            method, at_spots = p.uns['histogene']['predicted_by'], list(p.obs_names) == list(measured.obs_names)
-            if len(np.unique(p.X.toarray() if hasattr(p.X, 'toarray') else p.X, axis=0)) < 4: continue            # a constant has no clusters
+            method, at_spots = (p.uns['histogene']['predicted_by'],
+                                list(p.obs_names) == list(measured.obs_names))
+            if len(np.unique(p.X.toarray() if hasattr(p.X, 'toarray') else p.X, axis=0)) < 4:
+                continue  # a constant has no clusters
             found = ev.cluster_spots(p)
-            if at_spots and 'annotation' in measured.obs: clusters.append(dict(section=section, method=method, **ev.label_ari(measured.obs.annotation, found)))
+            if at_spots and 'annotation' in measured.obs:
+                clusters.append(dict(section=section, method=method,
+                                     **ev.label_ari(measured.obs.annotation, found)))
             if not at_spots and section not in shown: continue
-            place = pd.DataFrame(np.round(p.obsm['spatial']).astype(int), columns=['x', 'y'], index=p.obs_names).assign(section=section, method=method, cluster=found.astype(str),
+            place = pd.DataFrame(np.round(p.obsm['spatial']).astype(int), columns=['x', 'y'],
+                                 index=p.obs_names).assign(
+                section=section, method=method, cluster=found.astype(str),
                 width=round(p.uns['spatial'][section]['scalefactors']['spot_diameter_fullres'], 1))
             looks = [c for c in p.obs if c.startswith('attention_')]
-            kept = [] if method == 'observed' else shown[section] if not at_spots else [g for g in genes if g in p.var_names]
+            kept = ([] if method == 'observed' else shown[section] if not at_spots
+                    else [g for g in genes if g in p.var_names])
             values = p[:, kept].to_df()
             maps.append(place.join(p.obs[looks]).join(values).rename_axis('spot').reset_index())
     return pd.DataFrame(clusters), pd.concat(maps, ignore_index=True) if maps else pd.DataFrame()
 
+# %% ../nbs/runs/crossval.ipynb #b73e1a24
 def read_tables(
     folder:str|Path, # as `write_tables` left it
 )->dict: # run (dict), folds, r, attention, clusters, maps and, if there, measures and pathways (DataFrames)
     "The tables of a run"
     folder = Path(folder)
-    if not (folder/'run.json').is_file(): raise InputError(f'{folder}: there are no tables of a run here. histogene_reproduce makes them.')
-    read = lambda name: pd.read_csv(folder/f'{name}.csv', dtype={'cluster': str}) if (folder/f'{name}.csv').stat().st_size > 2 else pd.DataFrame()
+    if not (folder/'run.json').is_file():
+        raise InputError(f'{folder}: there are no tables of a run here. histogene_reproduce makes them.')
+    read = lambda name: (pd.read_csv(folder/f'{name}.csv', dtype={'cluster': str})
+                         if (folder/f'{name}.csv').stat().st_size > 2 else pd.DataFrame())
     r = pd.read_csv(folder/'r.csv', header=list(range(5)), index_col=0)
-    r.columns = pd.MultiIndex.from_tuples([(m, f, s, int(seed), int(n)) for m,f,s,seed,n in r.columns], names=['method', 'fold', 'section', 'seed', 'n'])
-    more = [k for k in ('folds', 'measures', 'attention', 'clusters', 'maps', 'pathways') if (folder/f'{k}.csv').is_file()]
-    return dict(run=json.loads((folder/'run.json').read_text(encoding='utf-8')), r=r.rename_axis('gene'), **{k: read(k) for k in more})
+    r.columns = pd.MultiIndex.from_tuples([(m, f, s, int(seed), int(n)) for m,f,s,seed,n in r.columns],
+                                          names=['method', 'fold', 'section', 'seed', 'n'])
+    more = [k for k in ('folds', 'measures', 'attention', 'clusters', 'maps', 'pathways')
+            if (folder/f'{k}.csv').is_file()]
+    return dict(run=json.loads((folder/'run.json').read_text(encoding='utf-8')), r=r.rename_axis('gene'),
+                **{k: read(k) for k in more})
 
+# %% ../nbs/runs/crossval.ipynb #dd10ce78
 def correlations(
     tables:dict, # from `read_tables`
     by:str='section', # the split: 'section' or 'patient'
     seed:int|None=None, # of the models; the first there is unless given
-)->dict: # method -> {section -> DataFrame with r, p, neg_log10_p, n, status}, as `plot_boxes` and `rank_genes` take it
+)->dict: # method -> {section -> DataFrame of r, p, neg_log10_p, n, status}, for `plot_boxes` and `rank_genes`
     "r of every gene, by method and section"
     folds, r, found = fold_names(tables['run']['sections'], by), tables['r'], {}
     seed = r.columns.get_level_values('seed').min() if seed is None else seed
     for m,f,s,which,n in r.columns:
-        if f in folds and which == seed: found.setdefault(m, {})[s] = ev.correlation_table(r[m, f, s, which, n].dropna().replace(np.inf, np.nan), n)
+        if f in folds and which == seed: found.setdefault(m, {})[s] = ev.correlation_table(
+            r[m, f, s, which, n].dropna().replace(np.inf, np.nan), n)
     return {m: dict(sorted(by_section.items())) for m,by_section in found.items()}
 
+# %% ../nbs/runs/crossval.ipynb #ed568258
 def attention_shares_by_layer(
     tables:dict, # from `read_tables`
     level:str='HisToGene', # at the spots, or 'HisToGene_SR', super-resolved
     seed:int|None=None, # of the models; the first there is unless given
-)->pd.DataFrame: # a row per section and layer: layer, section, ..., and in times even attention: target, neighbours
-    "How much the targets of a run look at themselves and at their neighbours; 1 is what looking at all spots alike would give"
+)->pd.DataFrame: # by section and layer: layer, section, ..., and in times even attention: target, neighbours
+    """How much the targets of a run look at themselves and at their neighbours.
+
+    1 is what looking at all spots alike would give"""
     a = tables['attention']
     a = a[(a.level == level) & (a.seed == (a.seed.min() if seed is None else seed))]
     return a.assign(target=a.on_target/a.even, neighbours=a.on_neighbours/(a.n_neighbours*a.even))
 
+# %% ../nbs/runs/crossval.ipynb #513f6012
 def map_section(
     tables:dict, # from `read_tables`
     section:str, # its name
@@ -563,10 +693,14 @@ def map_section(
     t = tables['maps']
     t = t[(t.section == section) & (t.method == method)].dropna(axis=1, how='all')
     if t.empty: raise InputError(f'{section}: no map of {method} was kept in these tables.')
-    about = ['section', 'method', 'spot', 'x', 'y', 'width', 'cluster', *(c for c in t if c.startswith('attention_'))]
+    about = ['section', 'method', 'spot', 'x', 'y', 'width', 'cluster',
+             *(c for c in t if c.startswith('attention_'))]
     genes = [c for c in t if c not in about]
-    out = ad.AnnData(t[genes].to_numpy(dtype=np.float32), obs=t[about[6:]].set_axis(t.spot.astype(str)), obsm={'spatial': t[['x', 'y']].to_numpy(dtype=float)})
+    out = ad.AnnData(t[genes].to_numpy(dtype=np.float32), obs=t[about[6:]].set_axis(t.spot.astype(str)),
+                     obsm={'spatial': t[['x', 'y']].to_numpy(dtype=float)})
     out.var_names = genes
-    out.uns['spatial'] = {section: {'images': {}, 'scalefactors': {'spot_diameter_fullres': float(t.width.iloc[0])}, 'metadata': {}}}
-    out.uns['histogene'] = dict(section=section, predicted_by=method, unit=SCALES[tables['run']['normalization']]['unit'])
+    out.uns['spatial'] = {section: {
+        'images': {}, 'scalefactors': {'spot_diameter_fullres': float(t.width.iloc[0])}, 'metadata': {}}}
+    out.uns['histogene'] = dict(section=section, predicted_by=method,
+                                unit=SCALES[tables['run']['normalization']]['unit'])
     return out

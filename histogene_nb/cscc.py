@@ -21,12 +21,15 @@ def cscc_catalogue(
 )->pd.DataFrame: # index: section; columns: patient, sample
     "The twelve sections of four patients (paper: Discussion), by the names that GEO gives them"
     names = [(f'{p}_ST_rep{r}', p) for p in ('P2', 'P5', 'P9', 'P10') for r in (1, 2, 3)]
-    return pd.DataFrame([dict(section=n, patient=p, sample=f'GSM{4284316 + i}') for i,(n,p) in enumerate(names)]).set_index('section')
+    return pd.DataFrame([dict(section=n, patient=p, sample=f'GSM{4284316 + i}')
+                         for i,(n,p) in enumerate(names)]).set_index('section')
 
+# %% ../nbs/tissue/cscc.ipynb #7456c3a7
 def _section(name):
     "A section's patient and sample"
     catalogue = cscc_catalogue()
-    if name not in catalogue.index: raise InputError(f'There is no section {name!r} in the cSCC series; the sections are {", ".join(catalogue.index)}.')
+    if name not in catalogue.index: raise InputError(
+        f'There is no section {name!r} in the cSCC series; the sections are {", ".join(catalogue.index)}.')
     return catalogue.loc[name]
 
 # %% ../nbs/tissue/cscc.ipynb #e598739c
@@ -65,12 +68,16 @@ def read_cscc(
     "Read one section of the cSCC series (paper: Discussion; Data availability)"
     root, patient = Path(root), _section(name).patient
     counts = find_file(root, name, 'counts', f'*_{name}_stdata.tsv', f'*_{name}_stdata.tsv.gz')
-    spots = find_file(root, name, 'spot file', f'*spot_data-selection-{name}.tsv', f'*spot_data-selection-{name}.tsv.gz')
+    spots = find_file(root, name, 'spot file', f'*spot_data-selection-{name}.tsv',
+                      f'*spot_data-selection-{name}.tsv.gz')
     joined, _, left_out = join_counts(counts, spots)
-    section = new_section(**joined, name=name, patient=patient, image_path=find_file(root, name, 'image', f'*_{name}.jpg', needed=False),
+    section = new_section(**joined, name=name, patient=patient,
+                          image_path=find_file(root, name, 'image', f'*_{name}.jpg', needed=False),
                           spot_diameter=spot_diameter, source='cutaneous squamous cell carcinoma, GSE144240')
     section.uns['histogene'].update(left_out)
-    if verbose: print(f'{name}: {len(section)} spots under tissue, {left_out["counts_without_spot"]} beside it; {left_out["spots_without_counts"]} selected without counts; {section.n_vars} genes')
+    if verbose: print(f'{name}: {len(section)} spots under tissue, '
+                      f'{left_out["counts_without_spot"]} beside it; '
+                      f'{left_out["spots_without_counts"]} selected without counts; {section.n_vars} genes')
     return section
 
 # %% ../nbs/tissue/cscc.ipynb #72c1cb50
@@ -78,10 +85,12 @@ GEO_URL = 'https://ftp.ncbi.nlm.nih.gov/geo/samples'
 
 def cscc_folder(
 )->Path: # it may not exist yet
-    "Where the cSCC data are: `HISTOGENE_DATA/cscc` if that variable is set, else the folder that `download_cscc` fills"
+    """Where the cSCC data are: `HISTOGENE_DATA/cscc` if that variable is set,
+    else the folder that `download_cscc` fills"""
     home = os.environ.get('HISTOGENE_DATA')
     return (Path(home) if home else Path(pooch.os_cache('histogene_nb')))/'cscc'
 
+# %% ../nbs/tissue/cscc.ipynb #65f0e5fe
 def _fetch_unpacked(url, path):
     "Download a gzipped file and unpack it, all of it or nothing"
     with whole_file(path) as part:
@@ -90,11 +99,13 @@ def _fetch_unpacked(url, path):
             pooch.HTTPDownloader(timeout=60)(url, str(packed), None)
             with gzip.open(packed) as f, open(part, 'wb') as out: shutil.copyfileobj(f, out)
         except requests.RequestException as e:
-            raise InputError(f'{url}: cannot be downloaded ({e}). Check the network and the address, then run it again; files that are complete are kept.') from e
+            raise InputError(f'{url}: cannot be downloaded ({e}). Check the network and the address, '
+                             'then run it again; files that are complete are kept.') from e
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
             raise InputError(f'{url}: arrived damaged ({e}). Run it again; {path} was left as it was.') from e
         finally: packed.unlink(missing_ok=True)
 
+# %% ../nbs/tissue/cscc.ipynb #8a493b4f
 def download_cscc(
     root:str|Path|None=None, # folder to fill; `cscc_folder()` unless given
     sections:list|None=None, # names such as ['P2_ST_rep1']; all twelve unless given
@@ -107,6 +118,8 @@ def download_cscc(
     for name in cscc_catalogue().index if sections is None else sections:
         s = _section(name)['sample']
         files = [f'{s}_{name}_stdata.tsv', f'{s}_spot_data-selection-{name}.tsv'] + [f'{s}_{name}.jpg']*images
-        wanted += [(f'{base_url.rstrip("/")}/{s[:-3]}nnn/{s}/suppl/{f}.gz', root/f) for f in files if not (root/f).is_file()]
-    for url,path in tqdm(wanted, unit='file', desc='cSCC data', disable=not progress): _fetch_unpacked(url, path)
+        wanted += [(f'{base_url.rstrip("/")}/{s[:-3]}nnn/{s}/suppl/{f}.gz', root/f) for f in files
+                   if not (root/f).is_file()]
+    for url,path in tqdm(wanted, unit='file', desc='cSCC data', disable=not progress):
+        _fetch_unpacked(url, path)
     return root

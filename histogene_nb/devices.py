@@ -23,7 +23,8 @@ def default_device(
     "The device to compute on"
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     device, asked = best if device is None else device, device
-    if str(device) == 'cuda' and 'TORCHELASTIC_RUN_ID' in os.environ and torch.cuda.device_count():       # set by torchrun
+    # set by torchrun
+    if str(device) == 'cuda' and 'TORCHELASTIC_RUN_ID' in os.environ and torch.cuda.device_count():
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
@@ -38,13 +39,15 @@ def device_of(
     "Where a model is"
     return next(model.parameters()).device
 
+# %% ../nbs/runs/devices.ipynb #e5346258
 def device_name(
     device:str|torch.device|None=None, # chosen unless given
 )->str: # such as 'Tesla T4'
     "What the device is called"
     device = default_device(device)
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    return f'Apple GPU of {platform.machine()}' if device.type == 'mps' else f'{platform.machine()} processor, {torch.get_num_threads()} threads'
+    return (f'Apple GPU of {platform.machine()}' if device.type == 'mps'
+            else f'{platform.machine()} processor, {torch.get_num_threads()} threads')
 
 # %% ../nbs/runs/devices.ipynb #b8f85120
 PRECISIONS = ('float32', 'bfloat16', 'float16')
@@ -54,16 +57,20 @@ def precision_on(
     asked:str='auto', # 'auto', or one of `PRECISIONS`
 )->str: # one of `PRECISIONS`
     "The precision of a network's layers; its head and the loss are float32 whatever this is"
-    if asked not in ('auto', *PRECISIONS): raise InputError(f'precision is auto, {", ".join(PRECISIONS)}, not {asked!r}.')
+    if asked not in ('auto', *PRECISIONS):
+        raise InputError(f'precision is auto, {", ".join(PRECISIONS)}, not {asked!r}.')
     capability = torch.cuda.get_device_capability(device) if device.type == 'cuda' else None
     if asked == 'auto':
         if capability is None: return 'float32'
         return 'bfloat16' if capability >= (8, 0) else 'float16' if capability >= (7, 0) else 'float32'
-    if device.type == 'mps' and asked != 'float32': raise InputError(f'On mps this package computes in float32, not in {asked}.')
+    if device.type == 'mps' and asked != 'float32':
+        raise InputError(f'On mps this package computes in float32, not in {asked}.')
     if capability and capability < (8, 0) and asked == 'bfloat16':
-        raise InputError(f'{device_name(device)} only emulates bfloat16, slowly. Take auto, float16 or float32.')
+        raise InputError(f'{device_name(device)} only emulates bfloat16, slowly. '
+                         'Take auto, float16 or float32.')
     return asked
 
+# %% ../nbs/runs/devices.ipynb #d98ee3e4
 def mixed(
     device:torch.device, # to compute on
     precision:str, # from `precision_on`
@@ -71,16 +78,20 @@ def mixed(
     "Within this context a network's layers compute in a precision"
     return nullcontext() if precision == 'float32' else torch.autocast(device.type, getattr(torch, precision))
 
+# %% ../nbs/runs/devices.ipynb #de7b5152
 @contextmanager
 def all_digits():
-    "Within this context a card's convolutions of float32 numbers use all 24 bits of them, not the first 11 (TF32)"
-    newer = getattr(torch.backends.cudnn, 'conv', None)                                  # PyTorch has two names for this
-    where, name, exact = (torch.backends.cudnn, 'allow_tf32', False) if newer is None else (newer, 'fp32_precision', 'ieee')
+    """Within this context a card's convolutions of float32 numbers use all 24 bits of them,
+    not the first 11 (TF32)"""
+    newer = getattr(torch.backends.cudnn, 'conv', None)  # PyTorch has two names for this
+    where, name, exact = ((torch.backends.cudnn, 'allow_tf32', False) if newer is None
+                          else (newer, 'fp32_precision', 'ieee'))
     was = getattr(where, name)
     setattr(where, name, exact)
     try: yield
     finally: setattr(where, name, was)
 
+# %% ../nbs/runs/devices.ipynb #1184526d
 def full_precision(
     x:Tensor, # on the device in question
 )->torch.autocast: # a context; on mps one that changes nothing
@@ -93,7 +104,8 @@ def gradient_scaler(
     precision:str, # from `precision_on`
 )->torch.amp.GradScaler: # that does nothing unless the precision is float16
     "Keeps small gradients from becoming 0 in float16"
-    return torch.amp.GradScaler(device.type if device.type != 'mps' else 'cpu', enabled=precision == 'float16')
+    return torch.amp.GradScaler(device.type if device.type != 'mps' else 'cpu',
+                                enabled=precision == 'float16')
 
 # %% ../nbs/runs/devices.ipynb #49d907e1
 def has_kernel(
@@ -102,9 +114,11 @@ def has_kernel(
     "Whether attention without the N x N matrix is there for this device and type"
     if q.device.type == 'cpu': return True
     if q.device.type != 'cuda': return False
-    if q.shape[-1] % 8: return False                                                    # nor for heads of odd widths
-    return q.dtype in (torch.float32, torch.float16) or q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if q.shape[-1] % 8: return False  # nor for heads of odd widths
+    return (q.dtype in (torch.float32, torch.float16)
+            or q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
+# %% ../nbs/runs/devices.ipynb #e41832a7
 def in_blocks(
     q:Tensor, # (..., N, d_k) queries
     k:Tensor, # (..., N, d_k) keys
@@ -116,27 +130,32 @@ def in_blocks(
     def again(part): return checkpoint(block, part, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([(again if torch.is_grad_enabled() else block)(part) for part in q.split(few, -2)], -2)
 
+# %% ../nbs/runs/devices.ipynb #ad264584
 def attend(
     q:Tensor, # (..., N, d_k) queries
     k:Tensor, # (..., N, d_k) keys
     v:Tensor, # (..., N, d_v) values
 )->Tensor: # (..., N, d_v)
     "Scaled dot-product attention that writes out no large matrix, on any device"
-    return F.scaled_dot_product_attention(q, k, v) if has_kernel(q) or q.shape[-2] <= 1024 else in_blocks(q, k, v)
+    return (F.scaled_dot_product_attention(q, k, v) if has_kernel(q) or q.shape[-2] <= 1024
+            else in_blocks(q, k, v))
 
 # %% ../nbs/runs/devices.ipynb #459ba215
 def memory(
     device:torch.device, # from `default_device`
 )->tuple: # bytes that are free, and all
     "The memory of a device"
-    if device.type == 'cuda': return torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)
-    if device.type == 'mps' and hasattr(torch.mps, 'recommended_max_memory'):           # from PyTorch 2.5 on
+    if device.type == 'cuda': return torch.cuda.mem_get_info(
+        torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == 'mps' and hasattr(torch.mps, 'recommended_max_memory'):  # from PyTorch 2.5 on
         total = torch.mps.recommended_max_memory()
         return total - torch.mps.driver_allocated_memory(), total
     found = psutil.virtual_memory()
     return found.available, found.total
 
-_REFUSED = "out of memory|ALLOC_FAILED|Invalid buffer size|can't allocate memory|Unable to allocate"      # of cards, their libraries, PyTorch on a processor, and NumPy
+# %% ../nbs/runs/devices.ipynb #b7d60ab4
+# of cards, their libraries, PyTorch on a processor, and NumPy
+_REFUSED = "out of memory|ALLOC_FAILED|Invalid buffer size|can't allocate memory|Unable to allocate"
 
 @contextmanager
 def enough_memory(
@@ -150,7 +169,8 @@ def enough_memory(
         if not re.search(_REFUSED, str(e)): raise
         asked = re.search(r'(?:allocate:?|size:) ([\d.]+ ?\w+)', str(e))
         free, total = memory(device)
-        raise InputError(f'{what} takes more memory than {device_name(device)} has: {asked[1] if asked else "more"} were asked for, '
+        raise InputError(f'{what} takes more memory than {device_name(device)} has: '
+                         f'{asked[1] if asked else "more"} were asked for, '
                          f'{free/1e9:.1f} of {total/1e9:.1f} GB are free. {advice}') from e
 
 # %% ../nbs/runs/devices.ipynb #1719b377
@@ -160,19 +180,25 @@ def about_device(
     "What a result's provenance says of the device"
     device = default_device(device)
     found = dict(device=str(device), device_name=device_name(device))
-    return {**found, 'peak_card_memory_GB': round(torch.cuda.max_memory_allocated(device)/1e9, 2)} if device.type == 'cuda' else found
+    return ({**found, 'peak_card_memory_GB': round(torch.cuda.max_memory_allocated(device)/1e9, 2)}
+            if device.type == 'cuda' else found)
 
+# %% ../nbs/runs/devices.ipynb #2968abed
 def computes_on()->str: # in words
     "The device that is chosen unless another is given, and its precision"
     device = default_device()
     return f'computes on {device_name(device)} ({device.type}) in {precision_on(device)}'
 
+# %% ../nbs/runs/devices.ipynb #30e19e75
 @contextmanager
 def drawn_from(
     seed:int, # any whole number
     device:torch.device=torch.device('cpu'), # whose random numbers are used beside the processor's
 ):
-    "Within this context random numbers are drawn from a seed; the processor's and a card's go on afterwards as if nothing had been drawn"
+    """Within this context random numbers are drawn from a seed.
+
+    The processor's and a card's go on afterwards as if nothing had been drawn"""
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        (torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed)(seed % 2**64)        # torch takes no larger number
+        # torch takes no larger number
+        (torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed)(seed % 2**64)
         yield

@@ -12,7 +12,8 @@ from anndata import AnnData
 from bokeh.embed import components
 from bokeh.events import Tap
 from bokeh.layouts import column, row
-from bokeh.models import ColorBar, ColumnDataSource, CustomJS, LinearColorMapper, LogColorMapper, Select, Slider
+from bokeh.models import (ColorBar, ColumnDataSource, CustomJS, LinearColorMapper, LogColorMapper, Select,
+                          Slider)
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from IPython.display import HTML
@@ -33,7 +34,8 @@ def _map(section, title, size):
     "An empty figure in full-resolution pixels, the section's small image in it where there is one"
     xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), tile(section)
     (x0, y0), (x1, y1) = xy.min(0) - width, xy.max(0) + width
-    fig = figure(title=title, width=size, height=int(size*(y1 - y0)/(x1 - x0)), x_range=(x0, x1), y_range=(y1, y0), match_aspect=True, tools='pan,wheel_zoom,reset', toolbar_location='below')
+    fig = figure(title=title, width=size, height=int(size*(y1 - y0)/(x1 - x0)), x_range=(x0, x1),
+                 y_range=(y1, y0), match_aspect=True, tools='pan,wheel_zoom,reset', toolbar_location='below')
     fig.axis.visible, fig.grid.visible = False, False
     library = section.uns['spatial'][section_name(section)]
     if 'hires' in library['images']:
@@ -45,7 +47,8 @@ def _map(section, title, size):
 # %% ../nbs/judging/explore.ipynb #e20144ff
 def _bytes(weight):
     "Times even attention (any shape) in one byte each: steps of 1/24 of a doubling around 1"
-    with np.errstate(divide='ignore'): return np.clip(np.round(24*np.log2(weight)) + 128, 0, 255).astype(np.uint8)
+    with np.errstate(divide='ignore'):
+        return np.clip(np.round(24*np.log2(weight)) + 128, 0, 255).astype(np.uint8)
 
 # %% ../nbs/judging/explore.ipynb #f1e3cd74
 def attention_explorer(
@@ -55,26 +58,38 @@ def attention_explorer(
 )->column: # a Bokeh layout, for `show_figure`
     "Tap a spot and see where it looks, by layer and head (paper: figure 5)"
     maps, n = np.asarray(maps, dtype=float), len(section)
-    if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. Give every spot as target.')
+    if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(
+        f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. '
+        'Give every spot as target.')
     depth, heads = maps.shape[:2]
-    weight = _bytes(np.concatenate([maps.mean(1, keepdims=True), maps], 1)*n)                    # (depth, 1 + heads, n, n): the mean over heads first
+    # (depth, 1 + heads, n, n): the mean over heads first
+    weight = _bytes(np.concatenate([maps.mean(1, keepdims=True), maps], 1)*n)
     xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), tile(section)
     first = int(np.linalg.norm(xy - np.median(xy, 0), axis=1).argmin())
-    spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names), weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
+    spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names),
+                                  weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
     target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1]))
     every = ColumnDataSource(dict(weight=weight.ravel()))
-    fig, colors = _map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size), LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999)))
-    fig.circle(x='x', y='y', radius=width/2, source=spots, fill_color=dict(field='weight', transform=colors), line_color=None)
-    fig.circle(x='x', y='y', radius=.75*width, source=target, fill_color=None, line_color='#D55E00', line_width=3)
+    fig, colors = (_map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size),
+                   LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999))))
+    fig.circle(x='x', y='y', radius=width/2, source=spots,
+               fill_color=dict(field='weight', transform=colors), line_color=None)
+    fig.circle(x='x', y='y', radius=.75*width, source=target, fill_color=None, line_color='#D55E00',
+               line_width=3)
     fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')
     layer = Select(title='layer', value='1', options=[str(i + 1) for i in range(depth)], width=100)
-    head = Select(title='head', value='mean', options=['mean', *(str(i + 1) for i in range(heads))], width=100)
-    draw = CustomJS(args=dict(spots=spots, target=target, every=every, layer=layer, head=head, title=fig.title, n=n, heads=heads), code="""
+    head = Select(title='head', value='mean', options=['mean', *(str(i + 1) for i in range(heads))],
+                  width=100)
+    draw = CustomJS(args=dict(spots=spots, target=target, every=every, layer=layer, head=head,
+                              title=fig.title, n=n, heads=heads), code="""
         const {x, y, spot} = spots.data
-        const at = ([a, b]) => { let best = 0; for (let i = 1; i < n; i++) if ((x[i]-a)**2 + (y[i]-b)**2 < (x[best]-a)**2 + (y[best]-b)**2) best = i; return best }
+        const at = ([a, b]) => { let best = 0; for (let i = 1; i < n; i++) \
+if ((x[i]-a)**2 + (y[i]-b)**2 < (x[best]-a)**2 + (y[best]-b)**2) best = i; return best }
         const t = at(cb_obj.event_name == 'tap' ? [cb_obj.x, cb_obj.y] : [target.data.x[0], target.data.y[0]])
-        const k = head.value == 'mean' ? 0 : Number(head.value), start = (((Number(layer.value) - 1)*(heads + 1) + k)*n + t)*n
-        spots.data = {...spots.data, weight: Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/24))}
+        const k = head.value == 'mean' ? 0 : Number(head.value), \
+start = (((Number(layer.value) - 1)*(heads + 1) + k)*n + t)*n
+        spots.data = {...spots.data, weight: \
+Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/24))}
         target.data = {x: [x[t]], y: [y[t]]}
         title.text = `spot ${spot[t]}, layer ${layer.value}, ${k ? 'head ' + k : 'mean of all heads'}`""")
     fig.js_on_event(Tap, draw)
@@ -99,19 +114,26 @@ def resolution_slider(
     "One gene at one resolution after another"
     if not levels: raise InputError('There is nothing to show: give one or more levels.')
     for label,level in levels.items():
-        if gene not in level.var_names: raise InputError(f'{label} has no gene {gene}. Give a gene that all levels have.')
+        if gene not in level.var_names:
+            raise InputError(f'{label} has no gene {gene}. Give a gene that all levels have.')
     values = {label: np.asarray(level[:, gene].X, dtype=float).ravel() for label,level in levels.items()}
     together = np.concatenate(list(values.values()))
-    colors = LinearColorMapper('Viridis256', low=float(np.percentile(together, 1)), high=float(np.percentile(together, 99)))
+    colors = LinearColorMapper('Viridis256', low=float(np.percentile(together, 1)),
+                               high=float(np.percentile(together, 99)))
     widest = max(levels.values(), key=lambda l: np.ptp(l.obsm['spatial'], axis=0).sum())
     fig, marks = _map(widest, f'{gene}: {next(iter(levels))}', size), []
     for i,(label,level) in enumerate(levels.items()):
         xy, (width, touching) = np.asarray(level.obsm['spatial'], dtype=float), tile(level)
-        source, look = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], value=values[label])), dict(x='x', y='y', fill_color=dict(field='value', transform=colors), line_color=None, visible=i == 0)
-        marks.append(fig.rect(width=width, height=width, source=source, **look) if touching else fig.circle(radius=width/2, source=source, **look))
+        source, look = (ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], value=values[label])),
+                        dict(x='x', y='y', fill_color=dict(field='value', transform=colors),
+                             line_color=None, visible=i == 0))
+        marks.append(fig.rect(width=width, height=width, source=source, **look) if touching
+                     else fig.circle(radius=width/2, source=source, **look))
     fig.add_layout(ColorBar(color_mapper=colors, title=expression_unit(next(iter(levels.values())))), 'right')
-    slider = Slider(start=0, end=max(len(levels) - 1, 1), value=0, step=1, show_value=False, title=next(iter(levels)), width=size - 60)
-    slider.js_on_change('value', CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider, title=fig.title, gene=gene), code="""
+    slider = Slider(start=0, end=max(len(levels) - 1, 1), value=0, step=1, show_value=False,
+                    title=next(iter(levels)), width=size - 60)
+    slider.js_on_change('value', CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider,
+                                                    title=fig.title, gene=gene), code="""
         marks.forEach((m, i) => m.visible = i == slider.value)
         slider.title = labels[slider.value]
         title.text = `${gene}: ${labels[slider.value]}`"""))

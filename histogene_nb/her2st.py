@@ -91,7 +91,8 @@ def _parse_slowly(cells, genes, where):
     odd = np.isnan(values)
     if odd.any():
         raise InputError(f'{where}: the count of gene {genes[odd.argmax()]} is {cells[odd.argmax()]!r}, '
-                         f'which is not a number; {odd.sum()} such in this line. Counts are whole numbers from 0.')
+                         f'which is not a number; {odd.sum()} such in this line. '
+                         'Counts are whole numbers from 0.')
     cols = np.flatnonzero(values)
     return cols.astype(np.int32), values[cols]
 
@@ -297,8 +298,8 @@ def _fetch(url, path, sha, retries):
             if git_blob_sha1(part) == sha: return
             if left: continue
             raise InputError(f'{url}: this is not the published file: its git blob SHA-1 is '
-                             f'{git_blob_sha1(part)}, not {sha}. A proxy may have changed it: run it again, or on '
-                             f'another network. {path} was left as it was.')
+                             f'{git_blob_sha1(part)}, not {sha}. A proxy may have changed it: '
+                             f'run it again, or on another network. {path} was left as it was.')
 
 # %% ../nbs/tissue/her2st.ipynb #1fe50b0c
 def download_her2st(

@@ -23,11 +23,14 @@ def halve_counts(
     X = sparse.csr_matrix(section.X)
     counts = np.rint(X.data).astype(np.int64)
     if len(counts) and (np.abs(counts - X.data).max() > 1e-3 or counts.min() < 0):
-        raise InputError(f'{section_name(section)}: only whole counts can be halved. Give the raw counts, not normalised expression.')
+        raise InputError(f'{section_name(section)}: only whole counts can be halved. '
+                         'Give the raw counts, not normalised expression.')
     heads = np.random.default_rng(seed).binomial(counts, .5)
     halves = []
     for part in (heads, counts - heads):
-        half = ad.AnnData(sparse.csr_matrix((part.astype(np.float32), X.indices, X.indptr), shape=X.shape, copy=True), obs=section.obs, var=section.var[[]], uns=section.uns)
+        half = ad.AnnData(sparse.csr_matrix((part.astype(np.float32), X.indices, X.indptr), shape=X.shape,
+                                            copy=True),
+                          obs=section.obs, var=section.var[[]], uns=section.uns)
         half.X.eliminate_zeros()
         halves.append(half)
     return tuple(halves)
@@ -40,7 +43,8 @@ def noise_ceiling(
     halvings:int=10, # pairs of halves, averaged
     seed:int=0, # of the coins
 )->pd.Series: # by gene; 0 where the halves do not agree at all, NaN where a gene does not vary
-    "The r with the measured expression that a perfect prediction could reach, given the noise of the counts (Spearman-Brown)"
+    """The r with the measured expression that a perfect prediction could reach,
+    given the noise of the counts (Spearman-Brown)"""
     if halvings < 1: raise InputError(f'halvings is 1 or more, not {halvings}.')
     r = []
     for i in range(halvings):
@@ -53,10 +57,12 @@ def noise_ceiling(
 def neighbour_graph(
     section:ad.AnnData, # with spot centres
 )->sparse.csr_matrix: # (n, n), rows add up to 1 where a spot has neighbours
-    "The spots within 1.6 spacings: eight on a square array, six on a hexagonal one, even if a little out of place"
+    """The spots within 1.6 spacings: eight on a square array, six on a hexagonal one,
+    even if a little out of place"""
     xy = np.asarray(section.obsm['spatial'], dtype=float)
     tree = cKDTree(xy)
-    near = tree.sparse_distance_matrix(tree, 1.6*np.median(tree.query(xy, k=2)[0][:, 1]), output_type='coo_matrix').tocsr()
+    near = tree.sparse_distance_matrix(tree, 1.6*np.median(tree.query(xy, k=2)[0][:, 1]),
+                                       output_type='coo_matrix').tocsr()
     near.setdiag(0); near.eliminate_zeros()
     near.data[:] = 1
     return sparse.diags(1/np.maximum(np.asarray(near.sum(1)).ravel(), 1)) @ near
@@ -67,12 +73,15 @@ def morans_i(
     graph:sparse.csr_matrix|None=None, # from `neighbour_graph`; made unless given
 )->pd.Series: # by gene, NaN where a gene does not vary or there are fewer than three spots
     "Moran's I of each gene: how alike neighbouring spots are"
-    import scanpy as sc                                                               # takes seconds, and only this needs it
+    import scanpy as sc  # takes seconds, and only this needs it
     if len(section) < 3: return pd.Series(np.nan, index=section.var_names, name='moran')
     X = section.X.toarray() if sparse.issparse(section.X) else np.asarray(section.X)
     I, varies, threads = np.full(X.shape[1], np.nan), np.ptp(X, axis=0) > 0, torch.get_num_threads()
-    if varies.any(): I[varies] = sc.metrics.morans_i(neighbour_graph(section) if graph is None else graph, X[:, varies].T.astype(np.float64))
-    torch.set_num_threads(threads)                                                    # see `variable_genes`: scanpy's numba changes it, and the next fold would be computed otherwise
+    if varies.any():
+        I[varies] = sc.metrics.morans_i(neighbour_graph(section) if graph is None else graph,
+                                        X[:, varies].T.astype(np.float64))
+    # see `variable_genes`: scanpy's numba changes it, and the next fold would be computed otherwise
+    torch.set_num_threads(threads)
     return pd.Series(I, index=section.var_names, name='moran')
 
 # %% ../nbs/judging/measures.ipynb #760c5bd8
@@ -82,8 +91,10 @@ def gene_measures(
     mean:pd.Series, # the training mean of each gene
 )->pd.DataFrame: # a row per gene: sd_ratio, relative_error, moran
     "What r leaves out: spread and squared error of a prediction, and how smooth it is"
-    Y, P = ev.aligned(observed, predicted)                                                   # (n, genes) both
+    Y, P = ev.aligned(observed, predicted)  # (n, genes) both
     Y0, error = Y - mean[observed.var_names].to_numpy(), lambda d: (d**2).mean(0)
     with np.errstate(invalid='ignore', divide='ignore'):
-        out = pd.DataFrame(dict(sd_ratio=P.std(0)/Y.std(0), relative_error=error(P - Y)/error(Y0)), index=observed.var_names)
-    return out.replace(np.inf, np.nan).assign(moran=morans_i(predicted[observed.obs_names, observed.var_names]))
+        out = pd.DataFrame(dict(sd_ratio=P.std(0)/Y.std(0), relative_error=error(P - Y)/error(Y0)),
+                           index=observed.var_names)
+    return out.replace(np.inf, np.nan).assign(
+        moran=morans_i(predicted[observed.obs_names, observed.var_names]))

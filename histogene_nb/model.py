@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from .files import InputError
 from .sections import section_name
 from .patches import extract_patches, flatten_patches
-from .position import another_array, check_positions, fit_grid, grid_positions, spot_positions
+from .position import another_array, check_positions, fit_grid, spot_positions
 from .devices import device_of, enough_memory, full_precision
 from .attention import MultiHeadAttention, attention_weights
 from .interface import SpotModel
@@ -29,7 +29,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = MultiHeadAttention(dim, heads, dropout)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(mlp_dim, dim), nn.Dropout(dropout))
 
     def forward(self,
         x:Tensor, # (b, N, dim)
@@ -40,7 +41,8 @@ class Block(nn.Module):
 
 # %% ../nbs/idea/model.ipynb #13d0c8a0
 class HisToGene(SpotModel):
-    "The modified Vision Transformer of HisToGene (paper: figure 1a and The modified Vision Transformer model)"
+    """The modified Vision Transformer of HisToGene
+    (paper: figure 1a and The modified Vision Transformer model)"""
     name = 'HisToGene'                                                    # what its predictions are called
     def __init__(self,
         n_genes:int=785, # genes to predict (paper: 785)
@@ -50,18 +52,19 @@ class HisToGene(SpotModel):
         depth:int=8, # Multi-Head Attention layers (paper: 8)
         heads:int=16, # attention heads in each layer (paper: 16)
         mlp_dim:int|None=None, # hidden features of each layer's MLP; 2*dim unless given (released code)
-        dropout:float=.1, # share set to 0 (paper: 0.1), after the embedding and in each layer (as in the released code)
-        pixels:str='centred', # how pixel values enter W_h: 'centred' takes 0..255 to -1/2..1/2, 'raw' leaves 0..255 (released code)
+        dropout:float=.1, # share set to 0 (paper: 0.1), after the embedding and in each layer (released code)
+        pixels:str='centred', # for W_h: 'centred' takes 0..255 to -1/2..1/2, 'raw' leaves it (released code)
         order:str='paper', # of the numbers in a flattened patch, as in `flatten_patches`
     ):
-        if pixels not in ('centred', 'raw'): raise InputError(f"pixels is 'centred' or 'raw', not {pixels!r}.")
+        if pixels not in ('centred', 'raw'):
+            raise InputError(f"pixels is 'centred' or 'raw', not {pixels!r}.")
         if not 0 <= dropout <= 1: raise InputError(f'dropout is a share between 0 and 1, not {dropout}.')
         if min(sizes := (n_genes, patch_size, n_pos, dim, depth, heads)) < 1:
             raise InputError(f'n_genes, patch_size, n_pos, dim, depth and heads are 1 or more, not {sizes}.')
         if dim % heads: raise InputError(f'dim ({dim}) must be a multiple of heads ({heads}).')
         mlp_dim = 2*dim if mlp_dim is None else mlp_dim
-        super().__init__(n_genes=n_genes, patch_size=patch_size, n_pos=n_pos, dim=dim, depth=depth, heads=heads,
-                         mlp_dim=mlp_dim, dropout=dropout, pixels=pixels, order=order)
+        super().__init__(n_genes=n_genes, patch_size=patch_size, n_pos=n_pos, dim=dim, depth=depth,
+                         heads=heads, mlp_dim=mlp_dim, dropout=dropout, pixels=pixels, order=order)
         self.patch_embed = nn.Linear(3*patch_size**2, dim)                # W_h
         self.x_embed, self.y_embed = nn.Embedding(n_pos, dim), nn.Embedding(n_pos, dim)    # W_x, W_y
         self.dropout = nn.Dropout(dropout)
@@ -75,7 +78,7 @@ class HisToGene(SpotModel):
         "$E = E_h + E_x + E_y$ (paper: Encoding of histology image and position features)"
         if patches.ndim == 5: patches = flatten_patches(patches, self.config['order'])
         few = patches.shape[1] if torch.is_grad_enabled() else 256
-        E_h = torch.cat([self.patch_embed(self.pixels(p)) for p in patches.split(few, dim=1)], 1)       # F_h W_h
+        E_h = torch.cat([self.patch_embed(self.pixels(p)) for p in patches.split(few, dim=1)], 1)   # F_h W_h
         return self.dropout(E_h + self.x_embed(positions[..., 0]) + self.y_embed(positions[..., 1]))
 
     def pixels(self,
@@ -83,7 +86,8 @@ class HisToGene(SpotModel):
     )->Tensor: # as W_h sees them, in its type
         "Pixel values as they enter W_h"
         dtype = self.patch_embed.weight.dtype
-        return (patches - 127.5).to(dtype).mul_(1/255) if self.config['pixels'] == 'centred' else patches.to(dtype)
+        return ((patches - 127.5).to(dtype).mul_(1/255) if self.config['pixels'] == 'centred'
+                else patches.to(dtype))
 
     def forward(self,
         patches:Tensor, # (n, 3, h, w) or (n, 3*h*w) of one section; a leading b for a batch
@@ -92,13 +96,13 @@ class HisToGene(SpotModel):
         "Predicted expression of each spot"
         self.check(patches, positions)
         one = positions.ndim == 2
-        x = self.embed(patches[None], positions[None]) if one else self.embed(patches, positions)   # (b, n, dim)
+        # x: (b, n, dim)
+        x = self.embed(patches[None], positions[None]) if one else self.embed(patches, positions)
         for block in self.blocks: x = block(x)
-        with full_precision(x): out = self.head(x.to(self.head[1].weight.dtype))                   # (b, n, n_genes)
+        with full_precision(x): out = self.head(x.to(self.head[1].weight.dtype))         # (b, n, n_genes)
         return out[0] if one else out
 
 # %% ../nbs/idea/model.ipynb #d3245d03
-#| code-fold: true
 from fastcore.basics import patch
 
 # %% ../nbs/idea/model.ipynb #e50f55e0
@@ -108,10 +112,13 @@ def look(self:HisToGene,
     cache=None, # folder that keeps patches
 )->tuple: # patches uint8 (n, 3, patch_size, patch_size), positions long (n, 2)
     "What the model sees of a section's places"
-    patches, n_pos = extract_patches(section, self.config['patch_size'], cache=cache), self.config['n_pos']
-    if 'superres' not in section.uns['histogene']: return patches, spot_positions(section, self.about.get('grid'), n_pos)
+    patches, n_pos = (extract_patches(section, self.config['patch_size'], cache=cache),
+                      self.config['n_pos'])
+    if 'between_spots' not in section.uns['histogene']:
+        return patches, spot_positions(section, self.about.get('grid'), n_pos)
     positions = torch.from_numpy(section.obs[['array_col', 'array_row']].to_numpy(dtype='int64').copy())
-    positions[positions == -1], positions[positions == n_pos] = 0, n_pos - 1          # one step beyond the array counts as its edge
+    # one step beyond the array counts as its edge
+    positions[positions == -1], positions[positions == n_pos] = 0, n_pos - 1
     check_positions(positions, n_pos, section_name(section))
     return patches, positions
 
@@ -127,14 +134,17 @@ def check(self:HisToGene,
     if positions.ndim not in (2, 3) or positions.shape[-1] != 2:
         raise InputError(f'positions are (n, 2) or (b, n, 2), not {tuple(positions.shape)}.')
     if tuple(patches.shape) not in (lead + (3, size, size), lead + (3*size*size,)):
-        raise InputError(f'patches have shape {tuple(patches.shape)}, but for positions of shape {tuple(positions.shape)} this model takes '
-                         f'{lead + (3, size, size)} or, flattened, {lead + (3*size*size,)}. Cut them with size={size}.')
+        raise InputError(f'patches have shape {tuple(patches.shape)}, but for positions of shape '
+                         f'{tuple(positions.shape)} this model takes '
+                         f'{lead + (3, size, size)} or, flattened, {lead + (3*size*size,)}. '
+                         f'Cut them with size={size}.')
     if not positions.numel() or positions.device.type != 'cpu' and not wait: return
     low, high = positions.min().item(), positions.max().item()
     if low < 0 or high >= n_pos:
-        raise InputError(f'positions go from {low} to {high}, but this model has {n_pos} of them, 0 to {n_pos-1}. '
-                         'Use a model with a larger n_pos.')
+        raise InputError(f'positions go from {low} to {high}, but this model has {n_pos} of them, '
+                         f'0 to {n_pos-1}. Use a model with a larger n_pos.')
 
+# %% ../nbs/idea/model.ipynb #779ccb26
 @patch
 def begin(self:HisToGene,
     sections:list, # to train on
@@ -143,15 +153,18 @@ def begin(self:HisToGene,
     "Refuse sections on arrays of different kinds"
     for s in sections:
         if another_array(s, fit_grid(sections[0])):
-            raise InputError(f'Sections {section_name(sections[0])} and {section_name(s)} are on different kinds of arrays, where an index '
+            raise InputError(f'Sections {section_name(sections[0])} and {section_name(s)} are on different '
+                             'kinds of arrays, where an index '
                              'is another distance. Train on one kind; the model predicts the other too.')
 
+# %% ../nbs/idea/model.ipynb #708b48d3
 @patch(cls_method=True)
 def suited(cls:HisToGene,
     sections:list, # to train on
 )->dict: # n_pos
-    "As many positions as the sections' arrays need: 64 as in the released code, or more"
-    return dict(n_pos=max([64, *(1 + int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in sections if len(s))]))
+    "Positions for the sections' arrays: 64 as in the released code, or the next multiple of it, so that others of their kind fit too"
+    last = max([0, *(int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in sections if len(s))])
+    return dict(n_pos=64*(1 + last//64))
 
 # %% ../nbs/idea/model.ipynb #8189eff0
 @torch.no_grad()
@@ -165,8 +178,9 @@ def attention_maps(
     model.check(patches, positions)
     was, maps, device = model.training, [], device_of(model)
     try:
-        with enough_memory(device, f'Attention of {len(targets)} targets among {len(patches)} patches', 'Give fewer targets at a time.'):
-            x = model.eval().embed(patches[None].to(device), positions[None].to(device))      # (1, n, dim)
+        with enough_memory(device, f'Attention of {len(targets)} targets among {len(patches)} patches',
+                           'Give fewer targets at a time.'):
+            x = model.eval().embed(patches[None].to(device), positions[None].to(device))     # (1, n, dim)
             for block in model.blocks:
                 maps.append(attention_weights(block.attention, block.norm1(x)[0], targets).cpu())
                 x = block(x)
@@ -174,8 +188,8 @@ def attention_maps(
     return torch.stack(maps)
 
 # %% ../nbs/idea/model.ipynb #1d438d25
-_RELEASED = {'attention.qkv.weight': '0.fn.to_qkv.weight', 'attention.out': '0.fn.to_out.0', 'norm1': '0.norm', 'norm2': '1.norm',
-             'mlp.0': '1.fn.net.0', 'mlp.3': '1.fn.net.3'}
+_RELEASED = {'attention.qkv.weight': '0.fn.to_qkv.weight', 'attention.out': '0.fn.to_out.0',
+             'norm1': '0.norm', 'norm2': '1.norm', 'mlp.0': '1.fn.net.0', 'mlp.3': '1.fn.net.3'}
 
 def _released_name(name):
     "The released code's name for one of our weights"
@@ -195,11 +209,14 @@ def load_released(
         dim, n_in = weights['patch_embedding.weight'].shape
         n_genes, n_pos = len(weights['gene_head.1.weight']), len(weights['x_embed.weight'])
         mlp_dim = len(weights['vit.transformer.layers.0.1.fn.net.0.weight'])
-    except KeyError as e: raise InputError(f'This is not a released HisToGene checkpoint: weights {e} are missing.') from e
+    except KeyError as e:
+        raise InputError(f'This is not a released HisToGene checkpoint: weights {e} are missing.') from e
     depth = 1 + max(int(k.split('.')[3]) for k in weights if k.startswith('vit.transformer.layers.'))
     if dim % 64 or 3*(size := round((n_in/3)**.5))**2 != n_in:
-        raise InputError(f'A released checkpoint has heads of 64 features and square patches; this one has {dim} features and {n_in} numbers a patch.')
-    model = HisToGene(n_genes, size, n_pos, dim, depth, heads=dim//64, mlp_dim=mlp_dim, pixels='raw', order='released')
+        raise InputError('A released checkpoint has heads of 64 features and square patches; '
+                         f'this one has {dim} features and {n_in} numbers a patch.')
+    model = HisToGene(n_genes, size, n_pos, dim, depth, heads=dim//64, mlp_dim=mlp_dim, pixels='raw',
+                      order='released')
     ours = {_released_name(name): name for name in model.state_dict()}
     load_tensors(model, {ours.get(name, name): w for name,w in weights.items()}, 'released checkpoint')
     return model.eval()

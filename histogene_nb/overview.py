@@ -22,7 +22,8 @@ _PARTS = {
     'training': ((7.6, .25, 1.2, 1.25), 'measured, to compare'),
     'evaluation': ((9.35, 2.05, 1.5, 1.25), 'how good?'),
     'super-resolution': ((9.35, .25, 1.5, 1.25), 'between spots')}
-_ARROWS = [((1.65, 2.1), (2.05, 2.6)), ((1.65, 1.5), (2.05, 1.)), ((3.7, 2.6), (4.35, 2.1)), ((3.7, .9), (4.35, 1.4)), ((5.2, 1.7), (5.42, 1.7)),
+_ARROWS = [((1.65, 2.1), (2.05, 2.6)), ((1.65, 1.5), (2.05, 1.)), ((3.7, 2.6), (4.35, 2.1)),
+           ((3.7, .9), (4.35, 1.4)), ((5.2, 1.7), (5.42, 1.7)),
            ((7.15, 2.2), (7.5, 2.6)), ((8.9, 2.7), (9.25, 2.7)), ((8.9, 2.2), (9.25, 1.3))]
 
 # %% ../nbs/drawing/overview.ipynb #ac518e3e
@@ -34,7 +35,8 @@ def _spots(k):
 
 def _section(ax, x, y, w, h):
     ax.add_patch(Ellipse((x + w/2, y + h/2), w*.95, h*.95, fc=_TISSUE, ec='none'))
-    for a,b,_ in zip(*_spots(5)): ax.add_patch(Circle((x + a*w, y + b*h), .07*w, fill=False, ec=_INK, lw=.8))
+    for a,b,_ in zip(*_spots(5)):
+        ax.add_patch(Circle((x + a*w, y + b*h), .07*w, fill=False, ec=_INK, lw=.8))
 
 def _patches(ax, x, y, w, h):
     nuclei, side = np.random.default_rng(2).uniform(.12, .88, (3, 9, 2)), .62*h
@@ -43,6 +45,7 @@ def _patches(ax, x, y, w, h):
         ax.add_patch(Rectangle((left, low), side, side, fc=_TISSUE, ec='white'))
         for u,v in places: ax.add_patch(Circle((left + u*side, low + v*side), .04, fc='#7a4fa3', ec='none'))
 
+# %% ../nbs/drawing/overview.ipynb #8d557907
 def _array(ax, x, y, w, h):
     side, shades = .78*min(w, h)/5, ('white', '#cfe3f1', _BLUE)
     for i,j in np.ndindex(5, 5):
@@ -53,12 +56,16 @@ def _matrix(ax, x, y, w, h, cmap):
     values = np.random.default_rng(1).uniform(.1, .9, (9, 7))
     ax.imshow(values, extent=(x, x + w, y, y + h), cmap=cmap, vmin=0, vmax=1, aspect='auto', zorder=2)
 
+# %% ../nbs/drawing/overview.ipynb #56016f07
 def _attention(ax, x, y, w, h):
     heights, widths = y + h*np.linspace(.12, .88, 6), (1.8, .4, 2.4, 1., .5, 2.)
     for i,one in enumerate(heights):
         for two,wide in zip(heights, widths):
-            ax.plot((x + .2*w, x + .8*w), (one, two), color=_BLUE if i == 3 else _PALE, lw=wide if i == 3 else .4, zorder=1 + (i == 3))
-        for a in (.2, .8): ax.add_patch(Circle((x + a*w, one), .055, fc=_BLUE if i == 3 and a == .2 else 'white', ec=_INK, lw=.8, zorder=4))
+            ax.plot((x + .2*w, x + .8*w), (one, two), color=_BLUE if i == 3 else _PALE,
+                    lw=wide if i == 3 else .4, zorder=1 + (i == 3))
+        for a in (.2, .8):
+            ax.add_patch(Circle((x + a*w, one), .055, fc=_BLUE if i == 3 and a == .2 else 'white',
+                                ec=_INK, lw=.8, zorder=4))
 
 def _map(ax, x, y, w, h, k):
     a, b, values = _spots(k)
@@ -69,26 +76,33 @@ def _map(ax, x, y, w, h, k):
 def _contents(ax):
     "What is in each box"
     at = {name: box for name,(box,_) in _PARTS.items()}
-    for draw,name in ((_section, 'sections'), (_patches, 'patches'), (_array, 'position'), (_attention, 'attention')): draw(ax, *at[name])
+    for draw,name in ((_section, 'sections'), (_patches, 'patches'), (_array, 'position'),
+                      (_attention, 'attention')): draw(ax, *at[name])
     _matrix(ax, 4.4, .85, .75, 1.75, 'Blues')
     ax.text(4.8, .75, '$E_h + E_x + E_y$\n$n$ × 1,024', ha='center', va='top', fontsize=8)
     for y in (2.15, .35): _matrix(ax, 7.75, y, .9, 1.05, 'viridis')
     _map(ax, *at['evaluation'], 6); _map(ax, *at['super-resolution'], 18)
 
+# %% ../nbs/drawing/overview.ipynb #6cd02c11
 def draw_overview(
     part:str|None=None, # to colour: a page's name, such as 'attention'
 )->plt.Axes: # what it was drawn on
     "HisToGene in one picture (paper: figure 1), with one of its parts coloured"
-    if part not in (None, *_PARTS): raise InputError(f'The picture has no part {part!r}; it has {", ".join(_PARTS)}.')
+    if part not in (None, *_PARTS):
+        raise InputError(f'The picture has no part {part!r}; it has {", ".join(_PARTS)}.')
     _,ax = plt.subplots(figsize=(10, 3.7), layout='constrained')
     for name,((x, y, w, h), said) in _PARTS.items():
         colour, wide = (_NOW, 2.2) if name == part else (_PALE, .8)
-        ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle='round,pad=.06', fc='#fff4ec' if name == part else 'white', ec=colour, lw=wide, zorder=0))
-        ax.text(x + w/2, y + h + .1, name, ha='center', va='bottom', color=_NOW if name == part else _INK, weight='bold' if name == part else 'normal')
+        ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle='round,pad=.06',
+                                    fc='#fff4ec' if name == part else 'white', ec=colour, lw=wide, zorder=0))
+        ax.text(x + w/2, y + h + .1, name, ha='center', va='bottom', color=_NOW if name == part else _INK,
+                weight='bold' if name == part else 'normal')
         ax.text(x + w/2, y - .1, said, ha='center', va='top', fontsize=8, color=_INK)
     _contents(ax)
-    for start,end in _ARROWS: ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=_INK, zorder=5))
+    for start,end in _ARROWS:
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=_INK, zorder=5))
     back = _NOW if part == 'training' else _INK
-    ax.add_patch(FancyArrowPatch((7.5, .6), (6.95, .9), arrowstyle='-|>', mutation_scale=10, color=back, ls='--', zorder=5))
+    ax.add_patch(FancyArrowPatch((7.5, .6), (6.95, .9), arrowstyle='-|>', mutation_scale=10, color=back,
+                                 ls='--', zorder=5))
     ax.set(xlim=(-.1, 11), ylim=(-.35, 3.65), aspect='equal'); ax.axis('off')
     return ax

@@ -29,7 +29,8 @@ def _window(image, x, y, side, size):
         patch = Image.new('RGB', (side, side), 'white')
         left, top = max(x0, 0), max(y0, 0)
         right, bottom = min(x0 + side, image.width), min(y0 + side, image.height)
-        if left < right and top < bottom: patch.paste(image.crop((left, top, right, bottom)), (left - x0, top - y0))
+        if left < right and top < bottom:
+            patch.paste(image.crop((left, top, right, bottom)), (left - x0, top - y0))
     else: patch = image.crop((x0, y0, x0 + side, y0 + side))
     if side != size: patch = patch.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
     return np.asarray(patch), over
@@ -38,13 +39,20 @@ def _window(image, x, y, side, size):
 def _checked(centres, sizes, where):
     "Centres as an array, or an `InputError` where a patch has no place or no size"
     for what,n in sizes.items():
-        if not (isinstance(n, (int, np.integer)) and n >= 1): raise InputError(f'{where}: {what} is a whole number of pixels from 1, not {n}.')
+        if not (isinstance(n, (int, np.integer)) and n >= 1):
+            raise InputError(f'{where}: {what} is a whole number of pixels from 1, not {n}.')
     try: centres = np.asarray(centres, dtype=np.float64)
-    except (TypeError, ValueError) as e: raise InputError(f'{where}: the patch centres are not numbers ({e}). Give (x, y) in pixels for each.') from e
-    if centres.ndim != 2 or centres.shape[1] != 2: raise InputError(f'{where}: the patch centres have shape {centres.shape}, not (n, 2). Give (x, y) in pixels for each.')
+    except (TypeError, ValueError) as e:
+        raise InputError(f'{where}: the patch centres are not numbers ({e}). '
+                         'Give (x, y) in pixels for each.') from e
+    if centres.ndim != 2 or centres.shape[1] != 2:
+        raise InputError(f'{where}: the patch centres have shape {centres.shape}, not (n, 2). '
+                         'Give (x, y) in pixels for each.')
     nowhere = ~np.isfinite(centres).all(1)
     if nowhere.any():
-        raise InputError(f'{where}: {nowhere.sum()} of {len(centres)} patch centres are not finite, the first is number {nowhere.argmax()}. Give (x, y) in pixels for each, or leave it out.')
+        raise InputError(f'{where}: {nowhere.sum()} of {len(centres)} patch centres are not finite, '
+                         f'the first is number {nowhere.argmax()}. Give (x, y) in pixels for each, '
+                         'or leave it out.')
     return centres
 
 # %% ../nbs/idea/patches.ipynb #4396a78b
@@ -52,7 +60,7 @@ def cut_patches(
     image, # an open image, from `open_image`; pixels are decoded here
     centres:np.ndarray, # (n, 2) patch centres (x, y) in the image's pixels
     size:int=112, # side of a patch in the tensor
-    side:int|None=None, # side of the window in the image's pixels; `size` unless given, resampled where they differ
+    side:int|None=None, # side of the window in the image's pixels; `size` unless given, resampled if another
 )->tuple: # uint8 tensor (n, 3, size, size), and the number of patches that reached over the edge
     "Cut square patches from an image (paper: Data preprocessing); what lies beyond its edge is white (ours)"
     side = size if side is None else side
@@ -77,7 +85,8 @@ def cache_file(
     if at.path:
         with open(at.path, 'rb') as f:
             while chunk := f.read(1 << 24): key.update(chunk)
-        with open_image(at.path) as image: key.update(getattr(image, 'key', '').encode())  # of a slide's other files
+        # of a slide's other files
+        with open_image(at.path) as image: key.update(getattr(image, 'key', '').encode())
     else: key.update(np.ascontiguousarray(at.images['hires']))
     key.update(np.ascontiguousarray(np.floor(centres), dtype=np.int64).tobytes())
     key.update(f'patches v1 {size} {how}'.encode())
@@ -93,6 +102,7 @@ def save_array(
         np.save(f, array)
         f.write(hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest())
 
+# %% ../nbs/idea/patches.ipynb #34c5f47d
 def read_array(
     file:Path, # from `save_array`
     shape:tuple, # that the array should have
@@ -101,14 +111,16 @@ def read_array(
     "A kept array"
     if not file.is_file(): return None
     try: found = np.load(file, mmap_mode='c', allow_pickle=False)
-    except Exception: return None                                   # a damaged header can raise any kind of error
+    except Exception: return None                               # a damaged header can raise any kind of error
     if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous: return None
     left, checksum = found.nbytes, hashlib.blake2b(digest_size=16)
     with open(file, 'rb') as f:
         f.seek(found.offset)
-        while left and (chunk := f.read(min(left, 1 << 24))): checksum.update(chunk); left -= len(chunk)
+        while left and (chunk := f.read(min(left, 1 << 24))):
+            checksum.update(chunk)
+            left -= len(chunk)
         kept = f.read()
-    return torch.from_numpy(found) if kept in (b'', checksum.digest()) else None        # older versions' have none
+    return torch.from_numpy(found) if kept in (b'', checksum.digest()) else None   # older versions' have none
 
 def _read_cached(file, n, size): return read_array(file, (n, 3, size, size), np.uint8)
 
@@ -121,18 +133,18 @@ def section_image(
     at = place(section)
     embedded = at.path is None and at.scalefactors.get('tissue_hires_scalef') == 1 and 'hires' in at.images
     if at.path is None and not embedded:
-        raise InputError(f'{at.name}: this section has no image, so no patch can be cut. Put its image in place and '
-                         'read the section again.')
+        raise InputError(f'{at.name}: this section has no image, so no patch can be cut. '
+                         'Put its image in place and read the section again.')
     if at.path is not None and not Path(at.path).is_file():
-        raise InputError(f'{at.path}: the image of section {at.name} is not there any more. Put it back, or read '
-                         'the section again.')
+        raise InputError(f'{at.path}: the image of section {at.name} is not there any more. '
+                         'Put it back, or read the section again.')
     with Image.fromarray(at.images['hires']) if embedded else open_image(at.path) as image:
         sizes = zip(('image_width', 'image_height'), image.size)
         was = tuple(at.metadata.setdefault(k, s) for k,s in sizes)
         if image.size != was:
             raise InputError(f'{at.path}: this image has {image.width} x {image.height} pixels, but section '
-                             f'{at.name} was made with one of {was[0]} x {was[1]}. Put that image back, or make '
-                             'the section again.')
+                             f'{at.name} was made with one of {was[0]} x {was[1]}. '
+                             'Put that image back, or make the section again.')
         yield image
 
 # %% ../nbs/idea/patches.ipynb #e7e9aa3a
@@ -145,13 +157,15 @@ def extract_patches(
 )->torch.Tensor: # uint8 (n, 3, size, size)
     """Patches of a section, each as wide as a spot unless told otherwise (paper: Data preprocessing).
 
-    How many of them reached over the image's edge is in `section.uns['histogene']['n_padded']`."""
+    How many spots' own patches reached over the image's edge is in `section.uns['histogene']['n_padded']`."""
     at = place(section)
-    centres = _checked(section.obsm['spatial'] if centres is None else centres, dict(size=size), at.name)
+    at_spots = centres is None
+    centres = _checked(section.obsm['spatial'] if at_spots else centres, dict(size=size), at.name)
+    if not 0 < width < np.inf: raise InputError(f'The width of a patch is a number of spot diameters above 0, not {width}.')
     side = round(width*at.diameter) if np.isfinite(at.diameter) else 0
     if side < 1:
-        raise InputError(f'{at.name}: the spot diameter is {at.diameter:g} pixels. Give the width of a spot in '
-                         'full-resolution pixels.')
+        raise InputError(f'{at.name}: the spot diameter is {at.diameter:g} pixels. '
+                         'Give the width of a spot in full-resolution pixels.')
     with section_image(section) as image:
         file = cache_file(cache, section, centres, size, side) if cache is not None else None
         patches = _read_cached(file, len(centres), size) if file else None
@@ -160,13 +174,13 @@ def extract_patches(
             if file: save_array(file, patches.numpy())
         low = np.floor(centres) - side//2
         over = (low < 0).any(1) | (low + side > image.size).any(1)
-        section.uns['histogene']['n_padded'] = int(over.sum())
+        if at_spots and width == 1: section.uns['histogene']['n_padded'] = int(over.sum())
     return patches
 
 # %% ../nbs/idea/patches.ipynb #704ee0ce
 def flatten_patches(
     patches:torch.Tensor, # (..., 3, h, w)
-    order:str='paper', # 'paper': (3, h, w), a view, and our choice, as the paper gives none; 'released': (w, h, 3), as the authors' code has it
+    order:str='paper', # 'paper': (3, h, w), a view (our choice); 'released': (w, h, 3), as the authors' code
 )->torch.Tensor: # (..., 3*w*h): the rows of F_h
     "The paper's $F_h$: each patch as one row (paper: Encoding of histology image and position features)"
     if order == 'paper': return patches.flatten(-3)
@@ -186,8 +200,11 @@ def tissue_mask(
     thumbnail:np.ndarray, # uint8 (h, w, 3), a small version of the whole image, some 500 to 2000 pixels wide
 )->np.ndarray: # bool (h, w), True where there is tissue
     "Tells tissue from glass: tissue is rough, glass (white, smeared or black) is smooth"
-    rough, few, pad = roughness(thumbnail), thumbnail.shape[0]*thumbnail.shape[1]//200, max(thumbnail.shape)//40
-    if np.ptp(rough) < .1: raise InputError('The image is equally smooth everywhere, so there is no tissue to be told from glass. Is it the right image?')
+    rough, few, pad = (roughness(thumbnail), thumbnail.shape[0]*thumbnail.shape[1]//200,
+                       max(thumbnail.shape)//40)
+    if np.ptp(rough) < .1:
+        raise InputError('The image is equally smooth everywhere, so there is no tissue to be told '
+                         'from glass. Is it the right image?')
     mask = np.pad(rough > threshold_otsu(rough), pad)
     mask = ndimage.binary_closing(mask, iterations=max(thumbnail.shape)//100)[pad:-pad, pad:-pad]
     return remove_small_holes(remove_small_objects(mask, max_size=few), max_size=4*few)
@@ -199,7 +216,8 @@ def in_tissue(
     scale:float, # mask pixels per full-resolution pixel
 )->np.ndarray: # bool (n,)
     "Which points lie on tissue"
-    x, y = np.floor(np.asarray(centres).T*scale + 1e-9).astype(int)            # what lies on the edge of a pixel belongs to it, however it was rounded
+    # what lies on the edge of a pixel belongs to it, however it was rounded
+    x, y = np.floor(np.asarray(centres).T*scale + 1e-9).astype(int)
     inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
     return inside & mask[y.clip(0, mask.shape[0]-1), x.clip(0, mask.shape[1]-1)]
 
@@ -209,15 +227,16 @@ def dense_grid(
     scale:float, # mask pixels per full-resolution pixel
     diameter:float, # side of a patch in full-resolution pixels
     factor:int=4, # k*k: how many times the spots' resolution
-)->tuple: # patch centres (n, 2) in full-resolution pixels, and their whole-number places (n, 2) on the grid, both (x, y)
+)->tuple: # (x, y), (n, 2) each: patch centres in full-resolution pixels, whole-number places on the grid
     "Overlapping patches, k*k over each sub-patch (paper: Predicting gene expression at super-resolution)"
     k = round(max(factor, 0)**.5)
     if factor < 1 or k*k != factor:
         raise InputError(f'A resolution factor is a square (1, 4, 9, 16, 25), not {factor}.')
     if not 1 <= diameter < np.inf:
-        raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. Give its width in full-resolution '
-                         'pixels.')
-    if not mask.any(): raise InputError('There is no tissue in this image. Look at tissue_mask of its thumbnail.')
+        raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. '
+                         'Give its width in full-resolution pixels.')
+    if not mask.any():
+        raise InputError('There is no tissue in this image. Look at tissue_mask of its thumbnail.')
     step = diameter/k
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     first = np.array([cols[0], rows[0]])/scale
@@ -226,6 +245,7 @@ def dense_grid(
     centres = first + places*step
     keep = in_tissue(centres, mask, scale)
     if not keep.any():
-        raise InputError(f'No patch of {diameter:g} pixels side by side has its centre on the tissue: all of it is '
-                         'smaller than a patch. Give a smaller diameter, or a higher resolution.')
+        raise InputError(f'No patch of {diameter:g} pixels side by side has its centre on the tissue: '
+                         'all of it is smaller than a patch. Give a smaller diameter, '
+                         'or a higher resolution.')
     return centres[keep], places[keep]

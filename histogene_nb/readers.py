@@ -30,15 +30,20 @@ def reading(
     hint:str='Is it complete? Export or copy it again.', # what to do where it cannot be
 ):
     "Whatever a library raises while it reads a file, as an `InputError`"
-    if not (path.is_file() or path.is_dir()): raise InputError(f'{path}: there is no such file. Check the path.')   # and a pipe would be waited for
+    if not (path.is_file() or path.is_dir()):                        # a pipe would be waited for
+        raise InputError(f'{path}: there is no such file. Check the path.')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     except InputError: raise
-    except ImportError as e: raise InputError(f"{path}: reading it needs a package that is not installed ({str(e).splitlines()[0]}). Install it, for parquet files with pip install 'histogene_nb[parquet]', or save the file as .csv.") from e
-    except Exception as e: raise InputError(f'{path}: cannot be read as {kind} ({type(e).__name__}: {next(iter(str(e).splitlines()), "")}). {hint}') from e
-
+    except ImportError as e:
+        raise InputError(f"{path}: reading it needs a package that is not installed "
+                         f"({str(e).splitlines()[0]}). Install it, for parquet files with "
+                         "pip install 'histogene_nb[parquet]', or save the file as .csv.") from e
+    except Exception as e:
+        raise InputError(f'{path}: cannot be read as {kind} '
+                         f'({type(e).__name__}: {next(iter(str(e).splitlines()), "")}). {hint}') from e
 
 # %% ../nbs/tissue/readers.ipynb #ae9f7a30
 _TABLES, _IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png', '.tif', '.tiff')
@@ -46,34 +51,50 @@ _TABLES, _IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png
 def _suffix(path): return Path(path.name.lower().removesuffix('.gz')).suffix
 
 def _table(path, **kwargs):
-    "A table of any of these kinds; its index, if it has one, as the first column (R gives that one no heading)"
+    """A table of any of these kinds.
+
+    Its index, if it has one, as the first column (R gives that one no heading)"""
     with reading(path, 'a table'):
         if _suffix(path) == '.parquet': table = pd.read_parquet(path)
         else:
-            with (gzip.open(path, 'rt') if path.suffix.lower() == '.gz' else open(path)) as f: first = re.sub('"[^"]*"', '', f.readline())
-            table = pd.read_csv(path, sep='\t' if '\t' in first else max(',;', key=first.count), low_memory=False, float_precision='round_trip', **kwargs)
+            with (gzip.open(path, 'rt') if path.suffix.lower() == '.gz' else open(path)) as f:
+                first = re.sub('"[^"]*"', '', f.readline())
+            table = pd.read_csv(path, sep='\t' if '\t' in first else max(',;', key=first.count),
+                                low_memory=False, float_precision='round_trip', **kwargs)
         return table if isinstance(table.index, pd.RangeIndex) else table.reset_index()
 
 # %% ../nbs/tissue/readers.ipynb #fccd3d1b
 def _one(folder, what, suffixes, *patterns, needed=True):
-    "The one file in a folder whose name fits the first pattern that fits any; None if there is none and none is needed"
+    """The one file in a folder whose name fits the first pattern that fits any.
+
+    None if there is none and none is needed"""
     for p in patterns:
-        found = sorted(f for f in folder.glob(p) if f.name[0] not in '._' and (f.is_dir() if suffixes is None else _suffix(f) in suffixes))
-        if len(found) > 1: raise InputError(f'{folder}: {len(found)} files could be the {what}: {", ".join(f.name for f in found)}. Say which, or leave one of them there.')
+        found = sorted(f for f in folder.glob(p) if f.name[0] not in '._'
+                       and (f.is_dir() if suffixes is None else _suffix(f) in suffixes))
+        if len(found) > 1:
+            raise InputError(f'{folder}: {len(found)} files could be the {what}: '
+                             f'{", ".join(f.name for f in found)}. Say which, or leave one of them there.')
         if found: return found[0]
-    if needed: raise InputError(f'{folder}: the {what} are missing: no file here fits {" or ".join(patterns)}. Check the folder.')
+    if needed:
+        raise InputError(f'{folder}: the {what} are missing: no file here fits {" or ".join(patterns)}. '
+                         'Check the folder.')
 
 # %% ../nbs/tissue/readers.ipynb #a18f70a9
 def _visium_counts(folder):
     "Barcodes x genes of the filtered matrix, with unique names of genes, and how many had to be renamed"
     file = _one(folder, 'counts', ('.h5',), '*filtered_feature_bc_matrix.h5', needed=False)
     file = file or _one(folder, 'counts', None, '*filtered_feature_bc_matrix', needed=False)
-    if file is None: raise InputError(f'{folder}: the counts are missing: neither filtered_feature_bc_matrix.h5 nor the folder filtered_feature_bc_matrix is here. Give the folder that spaceranger calls outs.')
+    if file is None:
+        raise InputError(f'{folder}: the counts are missing: neither filtered_feature_bc_matrix.h5 nor the '
+                         'folder filtered_feature_bc_matrix is here. Give the folder that spaceranger calls '
+                         'outs.')
     with reading(file, "spaceranger's counts"):
-        import scanpy as sc                                                   # takes seconds, and only this needs it
-        counts = sc.read_10x_mtx(file, make_unique=False, gex_only=False) if file.is_dir() else sc.read_10x_h5(file, gex_only=False)
+        import scanpy as sc                                     # takes seconds, and only this needs it
+        counts = (sc.read_10x_mtx(file, make_unique=False, gex_only=False) if file.is_dir()
+                  else sc.read_10x_h5(file, gex_only=False))
         check_sparse(counts.X, file)
-        if 'feature_types' in counts.var: counts = counts[:, counts.var.feature_types == 'Gene Expression'].copy()
+        if 'feature_types' in counts.var:
+            counts = counts[:, counts.var.feature_types == 'Gene Expression'].copy()
     renamed = int(counts.var_names.duplicated().sum())
     counts.var_names = make_index_unique(counts.var_names)
     return counts, renamed
@@ -82,26 +103,39 @@ def _visium_counts(folder):
 _POSITIONS = ['barcode', 'in_tissue', 'array_row', 'array_col', 'pxl_row_in_fullres', 'pxl_col_in_fullres']
 
 def _numeric(table, columns, path):
-    "These columns as numbers, missing where there is nothing; an `InputError` at the first cell that holds something else"
+    """These columns as numbers, missing where there is nothing.
+
+    An `InputError` at the first cell that holds something else"""
     numbers = table[columns].apply(pd.to_numeric, errors='coerce').astype(float)
     odd = numbers.isna() & table[columns].notna() | np.isinf(numbers)
     if odd.any(axis=None):
         i,j = np.argwhere(odd.to_numpy())[0]
-        raise InputError(f'{path}: {columns[j]} of row {i+1 if isinstance(table.index, pd.RangeIndex) else table.index[i]} is {table[columns].iloc[i, j]!r}, which is not a number; {int(odd.sum().sum())} such in all. Put the numbers right.')
+        raise InputError(f'{path}: {columns[j]} of row '
+                         f'{i+1 if isinstance(table.index, pd.RangeIndex) else table.index[i]} is '
+                         f'{table[columns].iloc[i, j]!r}, which is not a number; '
+                         f'{int(odd.sum().sum())} such in all. Put the numbers right.')
     return numbers
 
+# %% ../nbs/tissue/readers.ipynb #d9afd402
 def _visium_positions(folder):
     "Barcode -> in_tissue, array_row, array_col and pixel row and column, of all positions"
     file = _one(folder, 'positions', _TABLES, 'tissue_positions.*', 'tissue_positions_list.csv')
-    table = _table(file, **dict(header=None, names=_POSITIONS) if file.name == 'tissue_positions_list.csv' else {})
+    table = _table(file, **dict(header=None, names=_POSITIONS) if file.name == 'tissue_positions_list.csv'
+                   else {})
     missing = [c for c in _POSITIONS if c not in table]
-    if missing: raise InputError(f'{file}: there is no column {missing[0]} among {", ".join(map(str, table.columns))}. Give the file as spaceranger wrote it.')
+    if missing:
+        raise InputError(f'{file}: there is no column {missing[0]} among '
+                         f'{", ".join(map(str, table.columns))}. Give the file as spaceranger wrote it.')
     if not len(table): raise InputError(f'{file}: it holds no spots. Give the file as spaceranger wrote it.')
     again = table.barcode.duplicated()
-    if again.any(): raise InputError(f'{file}: spot {table.barcode[again.argmax()]} occurs twice. Keep one of the two.')
+    if again.any():
+        raise InputError(f'{file}: spot {table.barcode[again.argmax()]} occurs twice. Keep one of the two.')
     numbers = _numeric(table, _POSITIONS[1:], file).set_index(table.barcode.astype(str))
     odd = numbers.isna().any(axis=1) | (numbers[['array_row', 'array_col']] % 1).any(axis=1)
-    if odd.any(): raise InputError(f'{file}: spot {numbers.index[odd.argmax()]} has no whole array_row and array_col, or no pixels; {int(odd.sum())} such in all. Give the file as spaceranger wrote it.')
+    if odd.any():
+        raise InputError(f'{file}: spot {numbers.index[odd.argmax()]} has no whole array_row and array_col, '
+                         f'or no pixels; {int(odd.sum())} such in all. '
+                         'Give the file as spaceranger wrote it.')
     return numbers.astype(dict(array_row=int, array_col=int))
 
 # %% ../nbs/tissue/readers.ipynb #8f990051
@@ -113,9 +147,11 @@ def image_scale(
     "At which scale an image was saved, judged by a smaller picture whose scale is known"
     with open_image(path) as im: found = np.array(im.size)
     size = np.array(size)
-    low, high = ((found - 1)*scale/(size + 1)).max(), ((found + 1)*scale/np.maximum(size - 1, .1)).min()     # both were rounded
+    low, high = (((found - 1)*scale/(size + 1)).max(),
+                 ((found + 1)*scale/np.maximum(size - 1, .1)).min())                    # both were rounded
     if low > high:
-        raise InputError(f'{path}: this image of {found[0]} x {found[1]} pixels does not have the shape of the section, whose small picture has {size[0]} x {size[1]}. '
+        raise InputError(f'{path}: this image of {found[0]} x {found[1]} pixels does not have the shape of '
+                         f'the section, whose small picture has {size[0]} x {size[1]}. '
                          'Give the image that the positions were measured on, neither turned nor cropped.')
     return 1. if low <= 1 <= high else float((found*scale/size).max())
 
@@ -125,12 +161,16 @@ def _scalefactors(folder):
     file = folder/'scalefactors_json.json'
     with reading(file, 'JSON'): factors = {k: float(v) for k,v in json.loads(file.read_text()).items()}
     for k in ('spot_diameter_fullres', 'tissue_hires_scalef', 'tissue_lowres_scalef'):
-        if not 0 < factors.get(k, 0) < np.inf: raise InputError(f'{file}: {k} is {factors.get(k, "missing")}; it is a number above 0. Give the file as spaceranger wrote it.')
+        if not 0 < factors.get(k, 0) < np.inf:
+            raise InputError(f'{file}: {k} is {factors.get(k, "missing")}; it is a number above 0. '
+                             'Give the file as spaceranger wrote it.')
     return factors
 
+# %% ../nbs/tissue/readers.ipynb #abd28335
 def _visium_image(folder, image, factors):
     "The image to cut patches from, or None; and how many of its pixels make one of full resolution"
-    small = [(folder/'spatial'/f'tissue_{k}_image.png', factors[f'tissue_{k}_scalef']) for k in ('hires', 'lowres')]
+    small = [(folder/'spatial'/f'tissue_{k}_image.png', factors[f'tissue_{k}_scalef'])
+             for k in ('hires', 'lowres')]
     small = [(p, f) for p,f in small if p.exists()]
     image = image or _one(folder, 'full-resolution image', _IMAGES, '*', needed=False)
     if image is None: return small[0] if small else (None, 1.)
@@ -160,7 +200,8 @@ def read_report(
 
 # %% ../nbs/tissue/readers.ipynb #057885d5
 def _folder_name(folder):
-    "What a folder's section is called: outs is named after the folder around it, a Visium HD bin after that and its size"
+    """What a folder's section is called: outs is named after the folder around it,
+    a Visium HD bin after that and its size"""
     folder = folder.resolve()
     if folder.parent.name == 'binned_outputs': return f'{_folder_name(folder.parent.parent)}_{folder.name}'
     return folder.parent.name if folder.name == 'outs' else folder.name
@@ -171,18 +212,24 @@ def _is_folder(folder):
 
 def _bins(folder):
     "A Visium HD section's folders, one for each bin size"
-    return sorted(f.parent for f in [*folder.glob('binned_outputs/square_*/spatial'), *folder.glob('square_*/spatial')])
+    return sorted(f.parent for f in [*folder.glob('binned_outputs/square_*/spatial'),
+                                     *folder.glob('square_*/spatial')])
 
+# %% ../nbs/tissue/readers.ipynb #5d3a561e
 def read_visium(
-    folder:str|Path, # spaceranger's `outs`, or a folder with the same files, such as `outs/binned_outputs/square_016um` of Visium HD
+    folder:str|Path, # spaceranger's `outs`, or one like it: `outs/binned_outputs/square_016um` of Visium HD
     name:str|None=None, # of the section; the folder's name unless given
-    image:str|Path|None=None, # full-resolution image; unless given the one that lies in the folder, or the larger of those in `spatial`
+    image:str|Path|None=None, # at full resolution; else one in the folder, or the larger in `spatial`
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the spots in tissue; positions in pixels of the image used
-    "Read a Visium section; `uns['histogene']['image_scale']` is the image's pixels for one of full resolution"
+    """Read a Visium section.
+
+    `uns['histogene']['image_scale']` is the image's pixels for one of full resolution"""
     folder = _is_folder(folder)
     bins = _bins(folder)
-    if len(bins) > 1: raise InputError(f'{folder}: this Visium HD section is counted in bins of {len(bins)} sizes. Give the folder of one: {", ".join(map(str, bins))}.')
+    if len(bins) > 1:
+        raise InputError(f'{folder}: this Visium HD section is counted in bins of {len(bins)} sizes. '
+                         f'Give the folder of one: {", ".join(map(str, bins))}.')
     if bins: folder = bins[0]
     name = name or _folder_name(folder)
     spatial = _is_folder(folder/'spatial')
@@ -190,14 +237,22 @@ def read_visium(
     factors, places = _scalefactors(spatial), _visium_positions(spatial)
     placed = counts.obs_names.isin(places.index)
     inside = placed & (places.in_tissue.reindex(counts.obs_names) == 1).to_numpy()
-    if not inside.any(): raise InputError(f'{folder}: none of the {len(counts)} spots with counts, such as {counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as {places.index[0]}. Are they of the same section?')
+    if not inside.any():
+        raise InputError(f'{folder}: none of the {len(counts)} spots with counts, such as '
+                         f'{counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as '
+                         f'{places.index[0]}. Are they of the same section?')
     path, scale = _visium_image(folder, image, factors)
     counts = counts[inside]
     places = places.loc[counts.obs_names]
-    section = new_section(counts.X, counts.var_names, counts.obs_names, places[['pxl_col_in_fullres', 'pxl_row_in_fullres']]*scale, places.array_col, places.array_row,
-                          name, name, path, factors['spot_diameter_fullres']*scale, source="spaceranger's layout")
+    section = new_section(counts.X, counts.var_names, counts.obs_names,
+                          places[['pxl_col_in_fullres', 'pxl_row_in_fullres']]*scale,
+                          places.array_col, places.array_row, name, name, path,
+                          factors['spot_diameter_fullres']*scale, source="spaceranger's layout")
     section.var['gene_ids'] = counts.var['gene_ids']
-    section.uns['histogene'].update(image_scale=scale, genes_renamed=renamed, not_in_tissue=int((placed & ~inside).sum()), counts_without_position=int((~placed).sum()), empty_spots=int((section.X.sum(1) == 0).sum()))
+    section.uns['histogene'].update(image_scale=scale, genes_renamed=renamed,
+                                    not_in_tissue=int((placed & ~inside).sum()),
+                                    counts_without_position=int((~placed).sum()),
+                                    empty_spots=int((section.X.sum(1) == 0).sum()))
     if verbose: print(read_report(section))
     return section
 
@@ -205,9 +260,12 @@ def read_visium(
 def array_positions(
     spatial:np.ndarray, # (n, 2) spot centres (x, y) in pixels
 )->tuple: # int (n, 2) array (col, row) from 0, and the distance between neighbours in pixels
-    "Array positions of spots on a square or hexagonal grid; on a hexagonal one columns are half a pitch wide, as spaceranger counts them"
+    """Array positions of spots on a square or hexagonal grid.
+
+    On a hexagonal one columns are half a pitch wide, as spaceranger counts them"""
     xy = np.asarray(spatial, dtype=np.float64)
-    irregular = InputError(f'The {len(xy)} spots are not on one square or hexagonal grid, as far as their pixels tell. Give their columns and rows on the array (array_col, array_row).')
+    irregular = InputError(f'The {len(xy)} spots are not on one square or hexagonal grid, as far as their '
+                           'pixels tell. Give their columns and rows on the array (array_col, array_row).')
     if not (np.abs(xy) < 2**31).all() or len(np.unique(xy, axis=0)) < max(4, len(xy)): raise irregular
     tree = cKDTree(xy)
     pitch = np.median(tree.query(xy, 2)[0][:, 1])
@@ -222,33 +280,41 @@ def array_positions(
     from_centre = np.linalg.norm(xy - xy.mean(0), axis=1)
     centre = xy[from_centre.argmin()]
     xy1 = np.c_[xy - centre, np.ones(len(xy))]
-    grid = np.r_[turned/pitch/[across, down], np.zeros((1, 2))]                # (3, 2): array positions = [x, y, 1] @ grid
+    grid = np.r_[turned/pitch/[across, down], np.zeros((1, 2))]   # (3, 2): array positions = [x, y, 1] @ grid
     for reach in 4*2.**np.arange(12):                                          # pitches
         near = np.linalg.norm(xy - centre, axis=1) <= reach*pitch
-        if np.linalg.matrix_rank(xy1[near]) == 3: grid = np.linalg.lstsq(xy1[near], np.rint(xy1[near] @ grid), rcond=None)[0]
+        if np.linalg.matrix_rank(xy1[near]) == 3:
+            grid = np.linalg.lstsq(xy1[near], np.rint(xy1[near] @ grid), rcond=None)[0]
     found = np.rint(xy1 @ grid).astype(np.int64)
     odd = found.sum(1) % 2 if k == 6 else np.zeros(len(xy), int)
-    if len(np.unique(found, axis=0)) < len(xy) or np.ptp(odd) or np.abs(xy1 @ grid - found).mean() > .2: raise irregular
+    if (len(np.unique(found, axis=0)) < len(xy) or np.ptp(odd)
+        or np.abs(xy1 @ grid - found).mean() > .2): raise irregular
     found -= found.min(0)
     if k == 6: found[:, 0] += found[0].sum() % 2                               # even columns in even rows
     return found, float(pitch)
 
 # %% ../nbs/tissue/readers.ipynb #e5c04815
-PIXELS = [('pixel_x', 'pixel_y'), ('pxl_col_in_fullres', 'pxl_row_in_fullres'), ('imagecol', 'imagerow'), ('x', 'y')]
+PIXELS = [('pixel_x', 'pixel_y'), ('pxl_col_in_fullres', 'pxl_row_in_fullres'), ('imagecol', 'imagerow'),
+          ('x', 'y')]
 ARRAY = [('array_col', 'array_row'), ('col', 'row'), ('x', 'y')]
 
-def _pair(table, names, but=None): return next((p for p in names if p != but and set(p) <= set(table.columns)), None)
+def _pair(table, names, but=None):
+    return next((p for p in names if p != but and set(p) <= set(table.columns)), None)
 
 def _coordinates(path, columns):
     "The table, its columns of pixels, and those of the array (None where there are none)"
-    table = _table(path, dtype=str)                                              # names of spots may be numbers: 001
+    table = _table(path, dtype=str)                             # names of spots may be numbers: 001
     for ours,theirs in (columns or {}).items():
-        if ours not in ('pixel_x', 'pixel_y', 'array_col', 'array_row'): raise InputError(f'columns names pixel_x, pixel_y, array_col or array_row, not {ours!r}.')
-        if theirs not in table: raise InputError(f'{path}: there is no column {theirs!r} among {", ".join(map(str, table.columns))}.')
+        if ours not in ('pixel_x', 'pixel_y', 'array_col', 'array_row'):
+            raise InputError(f'columns names pixel_x, pixel_y, array_col or array_row, not {ours!r}.')
+        if theirs not in table:
+            raise InputError(f'{path}: there is no column {theirs!r} among '
+                             f'{", ".join(map(str, table.columns))}.')
         table = table.drop(columns={ours} & set(table.columns) - {theirs}).rename(columns={theirs: ours})
     pixels = _pair(table, PIXELS)
     if pixels is None:
-        raise InputError(f'{path}: no columns of pixels among {", ".join(map(str, table.columns))}. Name them {" or ".join(" and ".join(p) for p in PIXELS)}, '
+        raise InputError(f'{path}: no columns of pixels among {", ".join(map(str, table.columns))}. '
+                         f'Name them {" or ".join(" and ".join(p) for p in PIXELS)}, '
                          'or say which they are with columns=dict(pixel_x=..., pixel_y=...).')
     return table, pixels, _pair(table, ARRAY, but=pixels)
 
@@ -258,40 +324,56 @@ def _match(counts, table, array, path):
     ids = [table[c].astype(str) for c in table]
     if array: ids.append(pd.Series([f'{x}x{y}' for x,y in table[list(array)].itertuples(index=False)]))
     ids = [pd.Index(i) for i in ids if not i.duplicated().any()]
-    ways = [(spots.astype(str).isin(i).sum(), turned, i) for turned,spots in enumerate((counts.index, counts.columns)) for i in ids]
+    ways = [(spots.astype(str).isin(i).sum(), turned, i)
+            for turned,spots in enumerate((counts.index, counts.columns)) for i in ids]
     n, turned, i = max(ways, key=lambda w: w[0], default=(0, 0, None))
-    if not n: raise InputError(f'{path}: none of its spots is in the counts, whose first row is {counts.index[0]!r} and first column {counts.columns[0]!r}. Are both of one section, with one name for a spot, and no name twice?')
+    if not n:
+        raise InputError(f'{path}: none of its spots is in the counts, whose first row is '
+                         f'{counts.index[0]!r} and first column {counts.columns[0]!r}. Are both of one '
+                         'section, with one name for a spot, and no name twice?')
     counts = counts.T if turned else counts
     return counts, i.get_indexer(counts.index.astype(str))
 
 # %% ../nbs/tissue/readers.ipynb #1199fa13
 def _counts_table(path):
     "A table of counts with names of rows in its index; whatever is not a number is an `InputError`"
-    table = _table(path, converters={0: str})                                    # a gene or spot may be named NA or 001
-    if table.shape[1] < 2 or not len(table): raise InputError(f'{path}: {len(table)} rows and {table.shape[1]} columns. A table of counts has a row a spot, first its name, then its count of each gene; or a row a gene.')
+    table = _table(path, converters={0: str})                   # a gene or spot may be named NA or 001
+    if table.shape[1] < 2 or not len(table):
+        raise InputError(f'{path}: {len(table)} rows and {table.shape[1]} columns. A table of counts has a '
+                         'row a spot, first its name, then its count of each gene; or a row a gene.')
     table = table.set_index(table.columns[0])
     text = [c for c,t in zip(table.columns, table.dtypes) if not pd.api.types.is_numeric_dtype(t)]
     if text: _numeric(table, text, path)
     return table.astype(np.float32)
 
+# %% ../nbs/tissue/readers.ipynb #243aec5d
 def _on_array(at, pixels, array, spot_diameter, path):
     "Pixels, array positions and diameter of spots, by the columns that there are"
     spatial, found = at[list(pixels)].to_numpy(float), at[list(array or ())].to_numpy(float)
     if array is None or spot_diameter is None:
         try: by_pixels, pitch = array_positions(spatial)
-        except InputError as e: raise InputError(f'{path}: {e}' if array is None else f'{path}: the spots are on no regular grid, so their width cannot be guessed. Give it: spot_diameter=<pixels>.') from e
-        if pitch < 4: raise InputError(f'{path}: by {" and ".join(pixels)} spots lie {pitch:.3g} pixels apart. Are these places on the array? Say which columns hold pixels, with columns=dict(pixel_x=..., pixel_y=...).')
+        except InputError as e:
+            raise InputError(f'{path}: {e}' if array is None else
+                             f'{path}: the spots are on no regular grid, so their width cannot be guessed. '
+                             'Give it: spot_diameter=<pixels>.') from e
+        if pitch < 4:
+            raise InputError(f'{path}: by {" and ".join(pixels)} spots lie {pitch:.3g} pixels apart. '
+                             'Are these places on the array? Say which columns hold pixels, with '
+                             'columns=dict(pixel_x=..., pixel_y=...).')
     if array is None: found = by_pixels
-    if (found % 1).any(): raise InputError(f'{path}: {" and ".join(array)} are the places of spots on the array, whole numbers, but one is {found[found % 1 > 0][0]:g}. Leave them out, or say with columns= which others are meant.')
+    if (found % 1).any():
+        raise InputError(f'{path}: {" and ".join(array)} are the places of spots on the array, whole '
+                         f'numbers, but one is {found[found % 1 > 0][0]:g}. Leave them out, or say with '
+                         'columns= which others are meant.')
     return spatial, found.astype(np.int64), pitch/2 if spot_diameter is None else spot_diameter
 
 # %% ../nbs/tissue/readers.ipynb #f5cc8030
 def read_st(
     folder:str|Path, # with the three files
-    counts:str|None=None, # file of the counts, spots x genes or genes x spots, in the folder; the one named like *count* unless given
-    coordinates:str|None=None, # file of the spots' places; the one named like *coord*, *position* or *spot* unless given
+    counts:str|None=None, # file of the counts, spots x genes or genes x spots; *count* unless given
+    coordinates:str|None=None, # file of the spots' places; *coord*, *position* or *spot* unless given
     image:str|Path|None=None, # full-resolution image; the one in the folder unless given
-    columns:dict|None=None, # names of columns that are not recognised: dict(pixel_x='their name', pixel_y=..., array_col=..., array_row=...)
+    columns:dict|None=None, # names not recognised: dict(pixel_x='their name', pixel_y=..., array_col=...)
     spot_diameter:float|None=None, # in pixels; half of the distance between neighbouring spots unless given
     name:str|None=None, # of the section; the folder's name unless given
     verbose:bool=True, # print what was read and left out
@@ -300,17 +382,24 @@ def read_st(
     folder = _is_folder(folder)
     name = name or _folder_name(folder)
     counts = folder/counts if counts else _one(folder, 'counts', _TABLES, '*count*')
-    coordinates = folder/coordinates if coordinates else _one(folder, 'coordinates', _TABLES, '*coord*', '*position*', '*spot*')
+    coordinates = (folder/coordinates if coordinates else
+                   _one(folder, 'coordinates', _TABLES, '*coord*', '*position*', '*spot*'))
     image = folder/image if image else _one(folder, 'image', _IMAGES, '*', needed=False)
     table, pixels, array = _coordinates(coordinates, columns)
     X, place = _match(_counts_table(counts), table, array, coordinates)
     numbers = _numeric(table, list(pixels + (array or ())), coordinates)
     placed = (place >= 0) & numbers.notna().all(axis=1).to_numpy()[place]
-    if not placed.any(): raise InputError(f'{coordinates}: no spot has a position. Fill in {" and ".join(pixels)}.')
-    spatial, found, diameter = _on_array(numbers.iloc[place[placed]], pixels, array, spot_diameter, coordinates)
-    section = new_section(X.to_numpy()[placed], make_index_unique(X.columns.astype(str)), X.index[placed], spatial, *found.T, name, name, image, diameter, source='tables')
-    section.uns['histogene'].update(image_scale=1., diameter_guessed=spot_diameter is None, genes_renamed=int(X.columns.duplicated().sum()), counts_without_position=int((~placed).sum()),
-                                    positions_without_counts=int(len(table) - (place >= 0).sum()), empty_spots=int((section.X.sum(1) == 0).sum()))
+    if not placed.any():
+        raise InputError(f'{coordinates}: no spot has a position. Fill in {" and ".join(pixels)}.')
+    spatial, found, diameter = _on_array(numbers.iloc[place[placed]], pixels, array, spot_diameter,
+                                         coordinates)
+    section = new_section(X.to_numpy()[placed], make_index_unique(X.columns.astype(str)), X.index[placed],
+                          spatial, *found.T, name, name, image, diameter, source='tables')
+    section.uns['histogene'].update(image_scale=1., diameter_guessed=spot_diameter is None,
+                                    genes_renamed=int(X.columns.duplicated().sum()),
+                                    counts_without_position=int((~placed).sum()),
+                                    positions_without_counts=int(len(table) - (place >= 0).sum()),
+                                    empty_spots=int((section.X.sum(1) == 0).sum()))
     if verbose: print(read_report(section))
     return section
 
@@ -324,13 +413,14 @@ def _rescale(section, factor):
         if k.endswith('_scalef'): factors[k] = factors[k]/factor
     h['image_scale'] = float(h.get('image_scale', 1.)*factor)
 
+# %% ../nbs/tissue/readers.ipynb #3ca0f5ec
 def _pixels(image):
     "An embedded image as uint8 in RGB; scanpy keeps them as numbers from 0 to 1"
     image = np.asarray(image)
     if image.dtype.kind == 'f' and image.max() <= 1: image = np.rint(image*255)
     if not 0 <= image.min() <= image.max() <= 255:
-        raise InputError(f'the embedded image holds values from {image.min():g} to {image.max():g}; they are 0 to 1, '
-                         'or 8-bit numbers.')
+        raise InputError(f'the embedded image holds values from {image.min():g} to {image.max():g}; '
+                         'they are 0 to 1, or 8-bit numbers.')
     return np.asarray(as_rgb(Image.fromarray(image.astype(np.uint8))))
 
 # %% ../nbs/tissue/readers.ipynb #6b55cf84
@@ -347,7 +437,7 @@ def _set_image(section, file, image):
     if named:
         there = [p for p in (Path(named), file.parent/Path(named).name) if p.is_file()]
         if there: metadata['source_image_path'] = str(there[0]); return
-    if small is None or not scale: return                           # none, or said to be missing when it is checked
+    if small is None or not scale: return               # none, or said to be missing when it is checked
     images['hires'], factors['tissue_hires_scalef'] = _pixels(small), scale
     for k in ('source_image_path', 'image_width', 'image_height'): metadata.pop(k, None)
     _rescale(section, scale)
@@ -358,15 +448,16 @@ def _has_all(section):
     for where,key in (('obsm', 'spatial'), ('obs', 'array_col'), ('obs', 'array_row'), ('uns', 'spatial')):
         if key in getattr(section, where): continue
         more = '; array_positions finds array positions from pixels.' if where == 'obs' else '.'
-        raise InputError(f"{where}['{key}'] is missing. A section follows the convention of scanpy and squidpy{more}")
+        raise InputError(f"{where}['{key}'] is missing. "
+                         f"A section follows the convention of scanpy and squidpy{more}")
 
 def _whole_positions(section):
     "Raise `InputError` where array positions are not whole numbers"
     for key in ('array_col', 'array_row'):
         values = section.obs[key]
         if not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all() or (values % 1).any():
-            raise InputError(f"obs['{key}'] holds something other than whole numbers. Give the place of each spot on "
-                             'the array.')
+            raise InputError(f"obs['{key}'] holds something other than whole numbers. "
+                             'Give the place of each spot on the array.')
 
 # %% ../nbs/tissue/readers.ipynb #5e85d8d9
 def check_section(
@@ -379,37 +470,46 @@ def check_section(
     _whole_positions(section)
     counts, genes = section.X, section.var_names
     if not section.n_vars: counts, genes = np.zeros((len(section), 1)), ['none']
-    again = new_section(counts, genes, section.obs_names, spatial, obs['array_col'], obs['array_row'], at.name, '',
-                        at.path, at.diameter)
+    again = new_section(counts, genes, section.obs_names, spatial, obs['array_col'], obs['array_row'],
+                        at.name, '', at.path, at.diameter)
     at.metadata.update(place(again).metadata)
     if not at.path and 'hires' in at.images:
         height, width = np.array(at.images['hires'].shape[:2])/at.scalefactors.get('tissue_hires_scalef', 1)
         out = ((spatial < 0) | (spatial >= [width, height])).any(1)
         if out.any():
-            raise InputError(f'{at.name}: spot {section.obs_names[out.argmax()]} is outside the embedded image; '
-                             f'{out.sum()} such in all. Is tissue_hires_scalef right?')
+            raise InputError(f'{at.name}: spot {section.obs_names[out.argmax()]} is outside the embedded '
+                             f'image; {out.sum()} such in all. Is tissue_hires_scalef right?')
     section.uns.setdefault('histogene', {})
 
 # %% ../nbs/tissue/readers.ipynb #f52b1df6
 def _counts_in_X(section, path):
-    "What was just read, with counts in X: its own, or else those in `layers['counts']` or `raw`, where scanpy's users keep them before they normalise; all its matrices checked first"
-    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp') for m in getattr(section, part).values()), *([section.raw.X] if section.raw else ())): check_sparse(X, path)
+    """What was just read, with counts in X: its own, or else those in `layers['counts']` or `raw`, where scanpy's users keep them before they normalise.
+
+    All its matrices checked first"""
+    for X in (section.X, *(m for part in ('layers', 'obsm', 'obsp', 'varm', 'varp')
+                           for m in getattr(section, part).values()),
+              *([section.raw.X] if section.raw else ())): check_sparse(X, path)
     def whole(X):
         values = X.data if sparse.issparse(X) else np.asarray(X)
-        return X is not None and bool((np.isfinite(values) & (values >= 0) & (values == np.floor(values))).all())
+        return X is not None and bool((np.isfinite(values) & (values >= 0)
+                                       & (values == np.floor(values))).all())
     section.uns.setdefault('histogene', {}).pop('counts_from', None)
     if whole(section.X): return section
-    if whole(section.layers.get('counts')): section.X, found = section.layers.pop('counts'), "layers['counts']"
-    elif section.raw is not None and whole(section.raw.X): section, found = section.raw.to_adata(), 'raw'
+    if whole(section.layers.get('counts')):
+        section.X, found = section.layers.pop('counts'), "layers['counts']"
+    elif section.raw is not None and whole(section.raw.X):
+        section, found = section.raw.to_adata(), 'raw'
     else: return section
     section.uns['histogene']['counts_from'] = found
     return section
 
+# %% ../nbs/tissue/readers.ipynb #8622aa92
 def _settle(section, path, image):
     "What a file holds as a section: with one image, the spots in tissue and a name for each gene, checked"
     try:
         h = section.uns.setdefault('histogene', {})
-        if renamed := int(section.var_names.duplicated().sum()): h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)
+        if renamed := int(section.var_names.duplicated().sum()):
+            h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)
         if 'spatial' in section.uns and 'spatial' in section.obsm: _set_image(section, path, image)
         if 'in_tissue' in section.obs:
             inside = section.obs.in_tissue.astype(str).isin(['1', '1.0', 'True']).to_numpy()
@@ -419,14 +519,17 @@ def _settle(section, path, image):
     except InputError as e: raise InputError(f'{path}: {e}') from e
     return section
 
+# %% ../nbs/tissue/readers.ipynb #696004b9
 def _read_h5ad(path, image):
-    with reading(path, 'an .h5ad file'): return _settle(_counts_in_X(ad.read_h5ad(path), path), path, image)
+    with reading(path, 'an .h5ad file'):
+        return _settle(_counts_in_X(ad.read_h5ad(path), path), path, image)
 
 # %% ../nbs/tissue/readers.ipynb #73676196
 def _store(path):
     "The SpatialData store that a path names or leads into, or None"
     return next((p for p in (path, *path.parents) if p.suffix.lower() == '.zarr'), None)
 
+# %% ../nbs/tissue/readers.ipynb #5833c583
 def _counted(data):
     "Names of shapes -> the tables that have counts of them"
     found = {}
@@ -436,14 +539,21 @@ def _counted(data):
             if r in data.shapes: found.setdefault(str(r), []).append(table)
     return found
 
+# %% ../nbs/tissue/readers.ipynb #49486dc9
 def _chosen(path, store, counted):
     "The shapes that a path means, and their table"
-    if not counted: raise InputError(f'{store}: no table in it has counts of shapes, circles or squares. Spots and bins are read, as spatialdata-io writes them.')
+    if not counted:
+        raise InputError(f'{store}: no table in it has counts of shapes, circles or squares. '
+                         'Spots and bins are read, as spatialdata-io writes them.')
     region = path.name if path != store else next(iter(counted)) if len(counted) == 1 else None
     if region not in counted:
-        what = 'there are no counts of such spots' if region else f'it has counts of {len(counted)} sets of spots'
-        raise InputError(f'{path}: {what}. Give one that has some: {", ".join(str(store/"shapes"/r) for r in counted)}.')
-    if len(counted[region]) > 1: raise InputError(f'{path}: {len(counted[region])} tables have counts of these spots. Leave one of them in the store.')
+        what = ('there are no counts of such spots' if region else
+                f'it has counts of {len(counted)} sets of spots')
+        raise InputError(f'{path}: {what}. '
+                         f'Give one that has some: {", ".join(str(store/"shapes"/r) for r in counted)}.')
+    if len(counted[region]) > 1:
+        raise InputError(f'{path}: {len(counted[region])} tables have counts of these spots. '
+                         'Leave one of them in the store.')
     return region, counted[region][0]
 
 # %% ../nbs/tissue/readers.ipynb #0d647cbe
@@ -451,23 +561,32 @@ def _levels(image):
     "An image's sizes, each an array with its own transformations"
     return [next(iter(node.values())) for node in image.values()] if hasattr(image, 'children') else [image]
 
+# %% ../nbs/tissue/readers.ipynb #e88bdbb3
 def _photograph(images, shapes, region, several, where):
-    "Pixels of the sharpest image of these spots, or None; and the map (3, 3) that takes their coordinates into its pixels"
+    """Pixels of the sharpest image of these spots, or None.
+
+    And the map (3, 3) that takes their coordinates into its pixels"""
     from spatialdata.transformations import get_transformation
-    into = lambda element, system: get_transformation(element, system).to_affine_matrix(('x', 'y'), ('x', 'y'))
+    into = lambda element, system: get_transformation(
+        element, system).to_affine_matrix(('x', 'y'), ('x', 'y'))
     found = {}
     for name,image in images.items():
         for level in _levels(image):
-            systems = sorted(set(get_transformation(shapes, get_all=True)) & set(get_transformation(level, get_all=True)))
+            systems = sorted(set(get_transformation(shapes, get_all=True))
+                             & set(get_transformation(level, get_all=True)))
             if systems and set(level.dims) == {'c', 'y', 'x'} and level.sizes['c'] in (1, 3, 4):
-                found.setdefault(name, []).append((np.linalg.inv(into(level, systems[0])) @ into(shapes, systems[0]), level))
+                found.setdefault(name, []).append(
+                    (np.linalg.inv(into(level, systems[0])) @ into(shapes, systems[0]), level))
     sample = re.sub(r'_square_\d+um$', '', region)
     found = {n: f for n,f in found.items() if n.startswith(f'{sample}_')} or found
     if len(found) > 1 and several and not any(n.startswith(f'{sample}_') for n in found):
-        raise InputError(f"{where}: {len(found)} images lie where these spots do: {', '.join(found)}. Begin the name of theirs with {sample}_, or give them a coordinate system of their own.")
+        raise InputError(f"{where}: {len(found)} images lie where these spots do: {', '.join(found)}. "
+                         f"Begin the name of theirs with {sample}_, or give them a coordinate system of "
+                         "their own.")
     sharpest = sorted((f for fs in found.values() for f in fs), key=lambda f: -abs(np.linalg.det(f[0])))
     if not sharpest: return None, np.eye(3)
-    to_pixels, level = next((f for f in sharpest if f[1].sizes['x']*f[1].sizes['y'] <= max_pixels()), sharpest[-1])
+    to_pixels, level = next((f for f in sharpest if f[1].sizes['x']*f[1].sizes['y'] <= max_pixels()),
+                            sharpest[-1])
     check_pixels(where, level.sizes['x'], level.sizes['y'])
     pixels = level.transpose('y', 'x', 'c').values
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels, to_pixels
@@ -490,15 +609,17 @@ def _no_unpickling():
 # %% ../nbs/tissue/readers.ipynb #05210a49
 def read_spatialdata(
     path:str|Path, # of a store, `sample.zarr`; of one set of its spots, `sample.zarr/shapes/its_name`
-    image:str|Path|None=None, # full-resolution image; unless given, the sharpest in the store that may be held in memory whole
+    image:str|Path|None=None, # at full resolution; else the sharpest in the store that memory may hold whole
     name:str|None=None, # of the section; the spots' name in the store unless given
     verbose:bool=True, # print what was read and left out
-)->AnnData: # the spots in tissue; positions in pixels of the image used, which is embedded unless it is a file
+)->AnnData: # the spots in tissue; positions in pixels of the image used, embedded unless it is a file
     "Read a section of a SpatialData store: circles or squares, the table of their counts, and an image"
     path = Path(path)
     store = _store(path) or path
     try: from spatialdata import read_zarr
-    except ImportError as e: raise InputError(f"{path}: reading it needs spatialdata, which is not installed: pip install 'histogene_nb[spatialdata]'.") from e
+    except ImportError as e:
+        raise InputError(f"{path}: reading it needs spatialdata, which is not installed: "
+                         "pip install 'histogene_nb[spatialdata]'.") from e
     with reading(store, 'a SpatialData store'), _no_unpickling():
         data = read_zarr(store, selection=('images', 'shapes', 'tables'))
         counted = _counted(data)
@@ -508,14 +629,21 @@ def read_spatialdata(
         table = _counts_in_X(table, path)
         table = table[(table.obs[attrs['region_key']] == region).to_numpy()]
         place = shapes.index.get_indexer(table.obs[attrs['instance_key']])
-        if not (place >= 0).any(): raise InputError(f'{path}: none of the {len(table)} rows of counts is at one of these {len(shapes)} spots.')
+        if not (place >= 0).any():
+            raise InputError(f'{path}: none of the {len(table)} rows of counts is at one of these '
+                             f'{len(shapes)} spots.')
         table, shapes = table[place >= 0].copy(), shapes.iloc[place[place >= 0]]
         middle, scale = shapes.geometry.centroid, abs(np.linalg.det(to_pixels))**.5
         width = np.median(2*shapes.radius if 'radius' in shapes else shapes.area**.5)
         spatial = (np.c_[middle.x, middle.y, np.ones(len(shapes))] @ to_pixels.T)[:, :2]
-        info = dict(images={} if pixels is None else dict(hires=pixels), scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
-        section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale), uns=dict(spatial={name: info}, histogene=dict(section=name, patient=name, source='a SpatialData store')))
-        section.uns['histogene'].update({k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'}, counts_without_position=int((place < 0).sum()))
+        info = dict(images={} if pixels is None else dict(hires=pixels),
+                    scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
+        section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale),
+                          uns=dict(spatial={name: info}, histogene=dict(section=name, patient=name,
+                                                                        source='a SpatialData store')))
+        section.uns['histogene'].update(
+            {k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'},
+            counts_without_position=int((place < 0).sum()))
         if not {'array_col', 'array_row'} <= set(section.obs):
             try: section.obs['array_col'], section.obs['array_row'] = array_positions(spatial)[0].T
             except InputError as e: raise InputError(f'{path}: {e}') from e
@@ -525,21 +653,25 @@ def read_spatialdata(
 
 # %% ../nbs/tissue/readers.ipynb #9bd1d82c
 def read_section(
-    source:str|Path, # a HER2+ section such as 'B4', a cSCC section such as 'P2_ST_rep1', or the path of an .h5ad file, a Visium folder, a SpatialData store or a folder for `read_st`
-    image:str|Path|None=None, # full-resolution image of one's own section; found in the folder or the file unless given
+    source:str|Path, # a name, such as 'B4' or 'P2_ST_rep1'; or the path of an .h5ad file, a store or a folder
+    image:str|Path|None=None, # full-resolution image; found in the folder or the file unless given
     root:str|Path|None=None, # folder of the published data; `data_folder()` or `cscc_folder()` unless given
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the section, checked
     "Read a section: one of the published ones by its name, one's own by its path, whatever it comes in"
     path = Path(source)
-    if str(source) in cscc_catalogue().index: return read_cscc(root or cscc_folder(), str(source), verbose=verbose)
-    if str(source) in her2st_catalogue().index or not (path.exists() or path.suffix or len(path.parts) > 1): return read_her2st(root or data_folder(), str(source), verbose=verbose)
+    if str(source) in cscc_catalogue().index:
+        return read_cscc(root or cscc_folder(), str(source), verbose=verbose)
+    if str(source) in her2st_catalogue().index or not (path.exists() or path.suffix or len(path.parts) > 1):
+        return read_her2st(root or data_folder(), str(source), verbose=verbose)
     if path.suffix.lower() == '.h5ad':
         section = _read_h5ad(path, image)
         if verbose: print(read_report(section))
         return section
     if _store(path): return read_spatialdata(path, image=image, verbose=verbose)
-    if path.is_file(): raise InputError(f'{path}: a section is an .h5ad file or a folder; give the folder that this file is in.')
+    if path.is_file():
+        raise InputError(f'{path}: a section is an .h5ad file or a folder; '
+                         'give the folder that this file is in.')
     folder = _is_folder(path)
     if (folder/'outs'/'spatial').is_dir() or _bins(folder/'outs'): folder = folder/'outs'
     if (folder/'spatial').is_dir() or _bins(folder): return read_visium(folder, image=image, verbose=verbose)

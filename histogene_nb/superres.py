@@ -17,22 +17,23 @@ from .images import image_mpp, open_image
 from .sections import add_hires, place, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
-from .interface import SpotModel, run_model, tiles
+from .interface import SpotModel, look_and_run, parts
 from .position import model_grid, spot_positions
 from tqdm.auto import tqdm
 
 # %% ../nbs/idea/superres.ipynb #59103a5f
 def average_patches(
     X:np.ndarray, # (n, genes) predictions of the patches
-    place:np.ndarray, # (n, 2) whole-number places of the patches on the grid, from `dense_grid`
+    where:np.ndarray, # (n, 2) whole-number places of the patches on the grid, from `dense_grid`
     k:int, # sub-patches along the side of a patch
-)->tuple: # places of the covered sub-patches (m, 2), their means (m, genes), and by how many patches each is covered (m,)
+)->tuple: # of covered sub-patches: places (m, 2), means (m, genes), and how many patches cover each (m,)
     "The mean, for each sub-patch, over the patches that cover it (paper: figure 1b)"
-    width = place[:, 1].max() + k
-    offsets = np.stack(np.meshgrid(np.arange(k), np.arange(k), indexing='ij'), -1).reshape(-1, 2)      # (k*k, 2)
-    cells = (place[:, None] + offsets).reshape(-1, 2) @ [width, 1]                                     # (n*k*k,)
+    width = where[:, 1].max() + k
+    offsets = np.stack(np.meshgrid(np.arange(k), np.arange(k), indexing='ij'), -1).reshape(-1, 2)  # (k*k, 2)
+    cells = (where[:, None] + offsets).reshape(-1, 2) @ [width, 1]                               # (n*k*k,)
     found, row = np.unique(cells, return_inverse=True)
-    covers = sparse.csr_matrix((np.ones(len(row), dtype=np.float32), (row, np.repeat(np.arange(len(X)), k*k))), shape=(len(found), len(X)))
+    covers = sparse.csr_matrix((np.ones(len(row), dtype=np.float32),
+                                (row, np.repeat(np.arange(len(X)), k*k))), shape=(len(found), len(X)))
     cover = np.diff(covers.indptr)
     return np.stack(np.divmod(found, width), -1), (covers @ X)/cover[:, None].astype(np.float32), cover
 
@@ -62,17 +63,18 @@ def on_array(
     "The array position nearest to each place; outside the array it can be negative"
     return np.rint(np.c_[centres/diameter, np.ones(len(centres))] @ grid).astype(np.int64)
 
+# %% ../nbs/idea/superres.ipynb #9c934837
 def between_spots(
     section:AnnData, # with an image
     centres:np.ndarray, # (n, 2) full-resolution pixels
     grid:np.ndarray, # (3, 2) map from pixels to positions, from `fit_grid`
-    factor:int, # k*k times the resolution of patches side by side
-)->AnnData: # n places, no genes; `superres` in `uns['histogene']` says that they are no spots
+)->AnnData: # n places, no genes; `between_spots` in `uns['histogene']` says what they are
     "Places between the spots of a section, as a model looks at them"
     at = on_array(centres, place(section).diameter, grid)
     obs = pd.DataFrame(at, columns=['array_col', 'array_row'], index=[str(i) for i in range(len(at))])
-    known = {**section.uns.get('histogene', {}), 'superres': factor}
-    return AnnData(obs=obs, obsm={'spatial': centres}, uns={'spatial': section.uns['spatial'], 'histogene': known})
+    known = {**section.uns.get('histogene', {}), 'between_spots': True}
+    return AnnData(obs=obs, obsm={'spatial': centres},
+                   uns={'spatial': section.uns['spatial'], 'histogene': known})
 
 # %% ../nbs/idea/superres.ipynb #8ea1ad88
 def predict_dense(
@@ -89,15 +91,18 @@ def predict_dense(
 )->AnnData: # sub-patches x panel
     "Sub-patch expression over the tissue of an image (paper: Predicting gene expression at super-resolution)"
     (name, d, *_), k = place(section), round(max(factor, 0)**.5)
-    model.to(default_device(device))                                               # before it looks at the tissue
+    model.to(default_device(device))                             # before it looks at the tissue
     info = section.uns['spatial'][name]
     centres, where = dense_grid(mask, scale, d, factor)
     at, X = on_array(centres, d, grid), np.empty((len(centres), len(model.known('genes'))), dtype=np.float32)
     n_pos = model.config.get('n_pos', np.inf)
-    own = tile is not None and (at.min() < -1 or at.max() > n_pos)                 # more positions than the model has: those of a tile begin at its corner
-    for seen,kept in tqdm(list(tiles(centres/d, tile)), desc='prediction', unit='tile', disable=tile is None):
-        here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - at[seen].min(0)*own], factor)
-        X[seen[kept]] = run_model(model, model.look(here, cache=cache), device, precision)[kept]
+    # more positions than the model has: those of a tile begin at its corner
+    own = tile is not None and (at.min() < -1 or at.max() > n_pos)
+    some, padded = list(parts(model, centres/d, tile)), 0
+    for seen,kept in tqdm(some, desc='prediction', unit='part', disable=len(some) == 1):
+        here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - at[seen].min(0)*own])
+        X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
+        padded += here.uns['histogene'].get('n_padded', 0)
     step, corner = d/k, centres[0] - d/2 - where[0]*d/k
     cells, X, cover = average_patches(X, where, k)
     centres = corner + (cells + .5)*step
@@ -108,11 +113,14 @@ def predict_dense(
     out.var_names, out.obs_names = model.known('genes'), [f'{i}x{j}' for i,j in cells]
     out.obs['array_col'], out.obs['array_row'] = positions.T
     out.obs['cell_col'], out.obs['cell_row'], out.obs['n_patches'] = cells[:, 0], cells[:, 1], cover
-    out.uns['spatial'] = {name: {**info, 'scalefactors': {**info['scalefactors'], 'spot_diameter_fullres': step}}}
+    out.uns['spatial'] = {name: {**info, 'scalefactors': {**info['scalefactors'],
+                                                          'spot_diameter_fullres': step}}}
     known = {k: v for k,v in section.uns.get('histogene', {}).items() if k != 'truth'}
+    known['n_padded'] = padded
     scale = model.known('normalization')
-    out.uns['histogene'] = {**known, 'normalization': scale, 'unit': SCALES[scale]['unit'], 'predicted_by': f'{model.name}_SR',
-                            'superres': factor, 'patch_diameter': d, 'corner': corner}
+    out.uns['histogene'] = {**known, 'normalization': scale, 'unit': SCALES[scale]['unit'],
+                            'predicted_by': f'{model.name}_SR', 'superres': factor, 'patch_diameter': d,
+                            'corner': corner}
     return out
 
 # %% ../nbs/idea/superres.ipynb #10cd8c38
@@ -122,14 +130,16 @@ def predict_superres(
     factor:int=4, # 4, 9 or 25 times the resolution of a patch
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
-    tile:float|None=None, # side of the tiles to predict one after the other, in spot diameters; unless given all patches are one sequence
+    tile:float|None=None, # side of tiles, predicted in turn, in spot diameters; one sequence unless given
     precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # sub-patches x panel, each the mean over the patches that cover it
     "Super-resolved expression of a section (paper: Predicting gene expression at super-resolution)"
     trained = model.about.get('grid')
-    if 'n_pos' in model.config: spot_positions(section, trained, model.config['n_pos'])    # spots beyond the array are an error; tissue past them is not
+    # spots beyond the array are an error; tissue past them is not
+    if 'n_pos' in model.config: spot_positions(section, trained, model.config['n_pos'])
     mask, scale = section_mask(section)
-    return predict_dense(model, section, factor, model_grid(section, trained), mask, scale, device, cache, tile, precision)
+    return predict_dense(model, section, factor, model_grid(section, trained), mask, scale, device, cache,
+                         tile, precision)
 
 # %% ../nbs/idea/superres.ipynb #cb0b0687
 def recover_spots(
@@ -140,22 +150,26 @@ def recover_spots(
     d, corner = dense.uns['histogene']['patch_diameter'], np.asarray(dense.uns['histogene']['corner'])
     k = round(dense.uns['histogene']['superres']**.5)
     step, low = d/k, section.obsm['spatial'] - d/2
-    first = np.floor((low - corner)/step).astype(int)                                            # (n, 2) first sub-patch that the spot touches
+    first = np.floor((low - corner)/step).astype(int)           # (n, 2) first sub-patch that the spot touches
     index = {cell: i for i,cell in enumerate(zip(dense.obs.cell_col, dense.obs.cell_row))}
-    shared = lambda cell, axis: np.clip(np.minimum(corner[axis] + (cell + 1)*step, low[:, axis] + d) - np.maximum(corner[axis] + cell*step, low[:, axis]), 0, None)
+    shared = lambda cell, axis: np.clip(np.minimum(corner[axis] + (cell + 1)*step, low[:, axis] + d)
+                                        - np.maximum(corner[axis] + cell*step, low[:, axis]), 0, None)
     weights = sparse.lil_matrix((len(section), len(dense)), dtype=np.float32)
     for i in range(k + 1):
         for j in range(k + 1):
-            area = shared(first[:, 0] + i, 0)*shared(first[:, 1] + j, 1)                         # (n,) pixels shared with each spot
+            area = shared(first[:, 0] + i, 0)*shared(first[:, 1] + j, 1)   # (n,) pixels shared with each spot
             for spot,cell in enumerate(zip(first[:, 0] + i, first[:, 1] + j)):
                 if area[spot] > 1e-6*step**2 and cell in index: weights[spot, index[cell]] = area[spot]
     total = np.asarray(weights.sum(1))
     if (total == 0).any():
-        raise InputError(f'{section_name(section)}: spot {section.obs_names[(total == 0).ravel().argmax()]} lies outside the super-resolved tissue. '
+        raise InputError(f'{section_name(section)}: spot {section.obs_names[(total == 0).ravel().argmax()]} '
+                         'lies outside the super-resolved tissue. '
                          'Make the super-resolution from this same section (predict_superres).')
-    out = AnnData(np.asarray(weights.tocsr() @ dense.X/total, dtype=np.float32), obs=section.obs.copy(), var=dense.var.copy(),
+    out = AnnData(np.asarray(weights.tocsr() @ dense.X/total, dtype=np.float32),
+                  obs=section.obs.copy(), var=dense.var.copy(),
                   obsm={'spatial': section.obsm['spatial'].copy()}, uns={'spatial': section.uns['spatial']})
-    out.uns['histogene'] = {**dense.uns['histogene'], 'predicted_by': dense.uns['histogene']['predicted_by'].replace('_SR', '*')}
+    out.uns['histogene'] = {**dense.uns['histogene'],
+                            'predicted_by': dense.uns['histogene']['predicted_by'].replace('_SR', '*')}
     return out
 
 # %% ../nbs/idea/superres.ipynb #e70e0a0e
@@ -167,22 +181,30 @@ def predict_image(
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     tile:float|None=None, # see `predict_superres`
-    spot_um:float|None=None, # instead of `spot_diameter`: that width in micrometres, where the file states its resolution
+    spot_um:float|None=None, # instead: that width in micrometres, where the file states its resolution
     precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # patches or sub-patches x panel, over the tissue
     "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
     path = Path(path)
-    if (spot_diameter is None) == (spot_um is None): raise InputError('Give either the spot diameter, in pixels of the image, or spot_um, in micrometres.')
+    if (spot_diameter is None) == (spot_um is None):
+        raise InputError('Give either the spot diameter, in pixels of the image, or spot_um, in micrometres.')
     if spot_diameter is None:
         mpp = image_mpp(path)
-        if mpp is None: raise InputError(f'{path}: this file does not say how many micrometres wide its pixels are. Give the spot diameter in pixels (--spot-diameter).')
+        if mpp is None:
+            raise InputError(f'{path}: this file does not say how many micrometres wide its pixels are. '
+                             'Give the spot diameter in pixels (--spot-diameter).')
         spot_diameter = spot_um/mpp
-    if not spot_diameter > 0: raise InputError(f'The spot diameter is a number of pixels above 0, not {spot_diameter}.')
+    if not spot_diameter > 0:
+        raise InputError(f'The spot diameter is a number of pixels above 0, not {spot_diameter}.')
     with open_image(path) as im: width, height = im.size
-    if spot_diameter > min(width, height): raise InputError(f'{path}: the image has {width} x {height} pixels, less than one spot of {spot_diameter:g} pixels.')
+    if spot_diameter > min(width, height):
+        raise InputError(f'{path}: the image has {width} x {height} pixels, '
+                         f'less than one spot of {spot_diameter:g} pixels.')
     image = AnnData(np.empty((0, 0), dtype=np.float32))
-    image.uns['spatial'] = {path.stem: {'images': {}, 'scalefactors': {'spot_diameter_fullres': float(spot_diameter)},
-                                        'metadata': {'source_image_path': str(path), 'image_width': width, 'image_height': height}}}
+    image.uns['spatial'] = {path.stem: {
+        'images': {}, 'scalefactors': {'spot_diameter_fullres': float(spot_diameter)},
+        'metadata': {'source_image_path': str(path), 'image_width': width, 'image_height': height}}}
     image.uns['histogene'] = {'section': path.stem, 'source': 'image alone'}
     mask, scale = section_mask(image)
-    return predict_dense(model, image, factor, np.asarray(model.known('grid')), mask, scale, device, cache, tile, precision)
+    return predict_dense(model, image, factor, np.asarray(model.known('grid')), mask, scale, device, cache,
+                         tile, precision)

@@ -21,7 +21,10 @@ def save_tensors(
     metadata:dict, # strings to keep with them
 ):
     "Save tensors completely or not at all, with a checksum"
-    tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
+    tensors, seen = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}, set()
+    for k,v in tensors.items():                     # weights that two layers share are written twice
+        if v.data_ptr() in seen: tensors[k] = v.clone()
+        seen.add(v.data_ptr())
     with whole_file(path) as part:
         aside = Path(f'{part}.folder')              # safetensors makes a hidden file, with a random name, beside its own
         try:

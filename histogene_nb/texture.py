@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Example', 'Textures', 'texture_numbers', 'texture_example', 'colour_numbers', 'ridge_baseline', 'inner_folds',
-           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel', 'begin', 'learn']
+           'simplest_setting', 'array_step', 'SpotTransformer', 'TextureModel']
 
 # %% ../nbs/models/texture.ipynb #fc8f7ffb
 import hashlib
@@ -16,7 +16,8 @@ from anndata import AnnData
 from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .files import InputError
-from .devices import all_digits, default_device, device_of, drawn_from, enough_memory, full_precision
+from .devices import (all_digits, default_device, device_of, drawn_from, enough_memory,
+                                  full_precision)
 from .sections import place, section_name
 from .patches import cache_file, extract_patches, read_array, save_array
 from .expression import normalize
@@ -55,16 +56,21 @@ class Textures(nn.Module):
         patches:Tensor, # (n, 3, h, w), values 0 to 255
     )->Tensor: # (n, 160)
         "Mean and standard deviation of each channel"
-        return torch.cat([f(m) for m in self.maps(patches) for f in (lambda m: m.mean((2, 3)), lambda m: m.std((2, 3)))], 1)
+        return torch.cat([f(m) for m in self.maps(patches)
+                          for f in (lambda m: m.mean((2, 3)), lambda m: m.std((2, 3)))], 1)
 
 # %% ../nbs/models/texture.ipynb #d0b0e8e4
-_WAYS = (0, 5, 2, 7)                                                            # see `turn_patches`: as it is, mirrored, by half a turn, mirrored the other way
+# see `turn_patches`: as it is, mirrored, by half a turn, mirrored the other way
+_WAYS = (0, 5, 2, 7)
 
 def _numbers_file(cache, textures, section, centres, windows, size, views):
     "Named by the image's content, the places, and all that the numbers depend on"
-    weights = hashlib.blake2b(b''.join(w.detach().cpu().numpy().tobytes() for w in textures.state_dict().values()), digest_size=16).hexdigest()
-    return cache_file(cache, section, 1000*centres, size, f'textures v1 {tuple(windows)} {views} {place(section).diameter} {weights}')
+    weights = hashlib.blake2b(b''.join(w.detach().cpu().numpy().tobytes()
+                                   for w in textures.state_dict().values()), digest_size=16).hexdigest()
+    return cache_file(cache, section, 1000*centres, size,
+                      f'textures v1 {tuple(windows)} {views} {place(section).diameter} {weights}')
 
+# %% ../nbs/models/texture.ipynb #088fe176
 def texture_numbers(
     textures:Textures, # on the device to use
     section:AnnData, # with its image
@@ -76,15 +82,20 @@ def texture_numbers(
 )->Tensor: # float32 (n, 160 a window)
     "The textures around places of a section"
     if not 1 <= views <= len(_WAYS): raise InputError(f'views is 1 to {len(_WAYS)}, not {views}.')
-    if not len(windows) or not min(windows) > 0: raise InputError(f'windows are one or more, each above 0, not {tuple(windows)}.')
+    if not len(windows) or not min(windows) > 0:
+        raise InputError(f'windows are one or more, each above 0, not {tuple(windows)}.')
     centres = np.asarray(section.obsm['spatial'] if centres is None else centres)
     device, shape = device_of(textures), (len(centres), 160*len(windows))
-    file = _numbers_file(cache, textures, section, centres, windows, size, views) if cache is not None else None
+    file = (_numbers_file(cache, textures, section, centres, windows, size, views)
+            if cache is not None else None)
     if file and (known := read_array(file, shape, np.float32)) is not None: return known
     out = torch.empty(len(centres), len(windows), 160)
-    with torch.no_grad(), kept_memory(), all_digits(), enough_memory(device, 'Looking at the tissue', 'Use another device, or let other programs end first.'):
+    with (torch.no_grad(), kept_memory(), all_digits(),
+          enough_memory(device, 'Looking at the tissue',
+                        'Use another device, or let other programs end first.')):
         for j,window in enumerate(windows):
-            for start in range(0, len(centres), 2048):                               # all windows of a dense grid at once would fill the memory
+            # all windows of a dense grid at once would fill the memory
+            for start in range(0, len(centres), 2048):
                 patches = extract_patches(section, size, centres[start:start + 2048], width=window)
                 for i,batch in zip(range(start, len(centres), 16), patches.split(16)):
                     seen = sum(textures(turn_patches(batch.to(device), way)) for way in _WAYS[:views])
@@ -106,21 +117,26 @@ def texture_example(
     return Example(section, numbers, section.obs[['array_col', 'array_row']].to_numpy(), Y, alive)
 
 # %% ../nbs/models/texture.ipynb #8d7a0c7f
-_YIELD = 10.                                                                    # a ln yield of 1/10 counts as one standard deviation of a texture
+# a ln yield of 1/10 counts as one standard deviation of a texture
+_YIELD = 10.
 
 def _see(numbers, positions, about):
     "Standardised numbers and the array's yield, (n, d + 1)"
-    return np.c_[(numbers - about['centre'])/about['scale'], _YIELD*at_positions(about['yields'], positions)].astype(np.float32)
+    return np.c_[(numbers - about['centre'])/about['scale'],
+                 _YIELD*at_positions(about['yields'], positions)].astype(np.float32)
 
+# %% ../nbs/models/texture.ipynb #d8f26b79
 def _prepare(examples, rank, use_array, more=()):
-    "What all fits share: inputs and scores of the spots alive, section by section, and what it takes to go back; `more`: sections that teach the array alone"
+    """What all fits share: inputs and scores of the spots alive, section by section, and what it takes
+    to go back; `more`: sections that teach the array alone"""
     sections = [*(e.section for e in examples), *more]
     none = np.zeros((1, 1), dtype=np.float32)
     tables = lambda known: array_yields(known) if use_array and known else (none, none)
     pooled = np.concatenate([e.numbers[e.alive] for e in examples])
     about = dict(centre=pooled.mean(0), scale=pooled.std(0) + 1e-6)
     about['yields'], about['dead_share'] = tables(sections)
-    others = [tables([s for s in sections if s is not e.section])[0] for e in examples]        # a section must not foretell itself
+    # a section must not foretell itself
+    others = [tables([s for s in sections if s is not e.section])[0] for e in examples]
     H = [_see(e.numbers, e.positions, {**about, 'yields': t})[e.alive] for e,t in zip(examples, others)]
     Y = np.concatenate([e.Y[e.alive] - e.Y[e.alive].mean(0) for e in examples])
     U, S, V = np.linalg.svd(Y, full_matrices=False)
@@ -129,15 +145,18 @@ def _prepare(examples, rank, use_array, more=()):
     about['dead'] = np.concatenate(dead).mean(0) if dead else np.zeros_like(about['mean'])
     return H, np.split(U[:, :rank]*S[:rank], np.cumsum([len(h) for h in H])[:-1]), about
 
+# %% ../nbs/models/texture.ipynb #1ef94d00
 def _ridge(H, T, alphas):
     "Weights (d, rank) for each penalty: alpha times the number of inputs"
     H, T = np.concatenate(H).astype(np.float64), np.concatenate(T).astype(np.float64)
-    if len(H) < H.shape[1]:                                                         # fewer spots than numbers: by the spots' matrix (n, n)
+    if len(H) < H.shape[1]:                                       # fewer spots than numbers: by (n, n)
         value, vector = np.linalg.eigh(H @ H.T)
         return [H.T @ (vector @ ((vector.T @ T)/(value + a*H.shape[1])[:, None])) for a in alphas]
-    value, vector = np.linalg.eigh(H.T @ H)                                         # otherwise by the numbers' matrix (d, d), however many spots
+    # otherwise by (d, d), however many spots
+    value, vector = np.linalg.eigh(H.T @ H)
     return [vector @ ((vector.T @ (H.T @ T))/(value + a*H.shape[1])[:, None]) for a in alphas]
 
+# %% ../nbs/models/texture.ipynb #606ee8bc
 def _expression(scores, positions, about):
     "From scores of patterns to genes; where the array is dead, what dead spots show"
     dead = at_positions(about['dead_share'], positions)[:, None]
@@ -155,13 +174,17 @@ def colour_numbers(
     for window in windows:
         rows = []
         for batch in extract_patches(section, size, cache=cache, width=window).split(256):
-            density = -np.log((batch.numpy().astype(np.float32) + 1)/256)            # optical density (n, 3, h, w)
+            density = -np.log((batch.numpy().astype(np.float32) + 1)/256)       # optical density (n, 3, h, w)
             grey = density.mean(1)
-            steps = [np.abs(grey[:, k:] - grey[:, :-k]).mean((1, 2)) + np.abs(grey[:, :, k:] - grey[:, :, :-k]).mean((1, 2)) for k in (1, 4, 16)]
-            rows.append(np.c_[density.mean((2, 3)), density.std((2, 3)), np.quantile(grey.reshape(len(grey), -1), (.05, .25, .5, .75, .95), axis=1).T, np.stack(steps, 1)])
+            steps = [np.abs(grey[:, k:] - grey[:, :-k]).mean((1, 2))
+                     + np.abs(grey[:, :, k:] - grey[:, :, :-k]).mean((1, 2)) for k in (1, 4, 16)]
+            rows.append(np.c_[density.mean((2, 3)), density.std((2, 3)),
+                              np.quantile(grey.reshape(len(grey), -1), (.05, .25, .5, .75, .95), axis=1).T,
+                              np.stack(steps, 1)])
         found.append(np.concatenate(rows))
     return np.concatenate(found, 1).astype(np.float32)
 
+# %% ../nbs/models/texture.ipynb #a40f750e
 def ridge_baseline(
     numbers:list, # of each training section (n, d)
     expression:list, # of each training section (n, genes)
@@ -195,6 +218,7 @@ def inner_folds(
                 found[k, a, section_name(e.section)] = ((P*Y).sum(0)[norm > 0]/norm[norm > 0]).mean()
     return pd.Series(found).unstack().loc[list(product(ranks, alphas))].rename_axis(index=['rank', 'alpha'])
 
+# %% ../nbs/models/texture.ipynb #f81bec36
 def simplest_setting(
     inner:pd.DataFrame, # from `inner_folds`
 )->tuple: # rank, alpha
@@ -207,11 +231,15 @@ def simplest_setting(
 # %% ../nbs/models/texture.ipynb #c7d89c86
 def array_step(
     section:AnnData, # with spot centres and array positions
-)->int|None: # 1 on a square array such as HER2+'s, 2 on a hexagonal one such as Visium's; None where there is one spot
-    "By how much the array position changes, in all, from a spot to its nearest neighbour: what tells kinds of arrays apart"
-    xy, at = np.asarray(section.obsm['spatial'], dtype=float), section.obs[['array_col', 'array_row']].to_numpy()
-    return int(np.median(np.abs(at - at[cKDTree(xy).query(xy, k=2)[1][:, 1]]).sum(1))) if len(xy) > 1 else None
+)->int|None: # 1 on a square array such as HER2+'s, 2 on a hexagonal one such as Visium's; None: a single spot
+    """By how much the array position changes, in all, from a spot to its nearest neighbour:
+    what tells kinds of arrays apart"""
+    xy, at = (np.asarray(section.obsm['spatial'], dtype=float),
+              section.obs[['array_col', 'array_row']].to_numpy())
+    return (int(np.median(np.abs(at - at[cKDTree(xy).query(xy, k=2)[1][:, 1]]).sum(1)))
+            if len(xy) > 1 else None)
 
+# %% ../nbs/models/texture.ipynb #4193d2ed
 class SpotTransformer(nn.Module):
     "HisToGene's blocks over the spots' numbers"
     def __init__(self,
@@ -237,8 +265,8 @@ class SpotTransformer(nn.Module):
 # %% ../nbs/models/texture.ipynb #d44c8ad9
 class TextureModel(SpotModel):
     "Ridge regression and small transformers on textures, averaged; a few patterns, mixed into genes"
-    name = 'texture'                                                            # what its predictions are called
-    rounds = False                                                              # float32 throughout: there is little to gain from less
+    name = 'texture'                                              # what its predictions are called
+    rounds = False                                                # float32 throughout: less would gain little
     def __init__(self,
         n_genes:int=785, # genes to predict
         rank:int|None=None, # patterns; chosen on inner folds in training unless given
@@ -254,11 +282,15 @@ class TextureModel(SpotModel):
         array:tuple=(1, 1), # places of the array that something is known of, along x and y
         pretrained:bool=True, # with the photograph network's weights; False before others are loaded
     ):
-        if min(sizes := (n_genes, 1 if rank is None else rank, size, views, dim, depth, heads, *array, members + 1)) < 1 or not windows or not min(windows) > 0:
-            raise InputError('n_genes, rank, size, views, dim, depth, heads and array are 1 or more, members 0 or more and windows above 0, '
+        if rank is not None and rank != int(min(rank, 1e6)): raise InputError(f'rank is a whole number, not {rank}.')
+        if min(sizes := (n_genes, 1 if rank is None else rank, size, views, dim, depth, heads, *array,
+                         members + 1)) < 1 or not windows or not min(windows) > 0:
+            raise InputError('n_genes, rank, size, views, dim, depth, heads and array are 1 or more, '
+                             'members 0 or more and windows above 0, '
                              f'not {sizes[:7]}, {tuple(array)}, {members} and {tuple(windows)}.')
-        super().__init__(n_genes=n_genes, rank=rank, windows=list(windows), size=size, views=views, members=members, dim=dim, depth=depth,
-                         heads=heads, dropout=dropout, use_array=use_array, array=list(array), pretrained=pretrained)
+        super().__init__(n_genes=n_genes, rank=rank, windows=list(windows), size=size, views=views,
+                         members=members, dim=dim, depth=depth, heads=heads, dropout=dropout,
+                         use_array=use_array, array=list(array), pretrained=pretrained)
         self.textures = Textures(load_lite0() if pretrained else None)
         self.shape(rank or 1, array)
 
@@ -268,20 +300,24 @@ class TextureModel(SpotModel):
     ):
         "Room for this many patterns, on an array of this size"
         c, d = self.config, 160*len(self.config['windows'])
-        shapes = dict(centre=(d,), scale=(d,), linear=(d + 1, rank), basis=(rank, c['n_genes']), mean=(c['n_genes'],), dead=(c['n_genes'],),
-                      yields=array, dead_share=array)
+        shapes = dict(centre=(d,), scale=(d,), linear=(d + 1, rank), basis=(rank, c['n_genes']),
+                      mean=(c['n_genes'],), dead=(c['n_genes'],), yields=array, dead_share=array)
         for k,shape in shapes.items(): self.register_buffer(k, torch.zeros(tuple(shape)))
-        self.members = nn.ModuleList(SpotTransformer(d + 1, rank, c['dim'], c['depth'], c['heads'], c['dropout']) for _ in range(c['members']))
+        self.members = nn.ModuleList(
+            SpotTransformer(d + 1, rank, c['dim'], c['depth'], c['heads'], c['dropout'])
+            for _ in range(c['members']))
 
     def look(self,
         section, # AnnData with an image: its spots, or places between them
         cache=None, # folder that keeps the numbers
     )->tuple: # numbers (n, d), positions long (n, 2): -1 where there is no spot of an array
         "What the model sees of a section's places"
-        between, c = 'superres' in section.uns['histogene'], self.config
-        numbers = texture_numbers(self.textures, section, tuple(c['windows']), c['size'], None, cache, 1 if between else c['views'])
+        between, c = 'between_spots' in section.uns['histogene'], self.config
+        numbers = texture_numbers(self.textures, section, tuple(c['windows']), c['size'], None, cache,
+                                  1 if between else c['views'])
         on_array = not between and array_step(section) == self.about.get('array_step')
-        positions = section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64) if on_array else np.full((len(numbers), 2), -1)
+        positions = (section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64) if on_array
+                     else np.full((len(numbers), 2), -1))
         return numbers, torch.from_numpy(np.ascontiguousarray(positions))
 
     def on_table(self,
@@ -300,20 +336,23 @@ class TextureModel(SpotModel):
     )->Tensor: # (n, n_genes)
         "Predicted expression of each place"
         with full_precision(numbers):
-            x = torch.cat([(numbers - self.centre)/self.scale, _YIELD*self.on_table(self.yields, positions)[:, None]], 1)
+            x = torch.cat([(numbers - self.centre)/self.scale,
+                           _YIELD*self.on_table(self.yields, positions)[:, None]], 1)
             scores = x @ self.linear
             if self.members: scores = (scores + torch.stack([m(x) for m in self.members]).mean(0))/2
             dead = self.on_table(self.dead_share, positions)[:, None]
             return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
 
 # %% ../nbs/models/texture.ipynb #4fb8908c
-from fastcore import basics
+from fastcore.basics import patch
 
 # %% ../nbs/models/texture.ipynb #e8364ffa
 def _train_member(member, H, T, steps, lr, seed, device):
-    "Loss of each step; the member's output is in units of the first pattern's standard deviation until it is done"
+    """Loss of each step; the member's output is in units of the first pattern's standard deviation
+    until it is done"""
     spread = float(np.concatenate(T)[:, 0].std()) or 1.
-    H, T = [torch.from_numpy(h).to(device) for h in H], [torch.from_numpy(t/spread).float().to(device) for t in T]
+    H, T = ([torch.from_numpy(h).to(device) for h in H],
+            [torch.from_numpy(t/spread).float().to(device) for t in T])
     losses = []
     with drawn_from(seed, device):
         for m in member.modules():
@@ -325,7 +364,7 @@ def _train_member(member, H, T, steps, lr, seed, device):
         for _ in range(steps):
             loss = 0.
             for h,t in zip(H, T):
-                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)      # drawn by the processor
+                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)    # drawn by the processor
                 loss = loss + (member(h[some]) - t[some]).square().sum(1).mean()/len(H)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
             losses.append(loss.detach())
@@ -334,35 +373,40 @@ def _train_member(member, H, T, steps, lr, seed, device):
     return torch.stack(losses).tolist()
 
 # %% ../nbs/models/texture.ipynb #82cc2cde
-@basics.patch
+@patch
 def begin(self:TextureModel,
     sections:list, # to train on
     alpha:float|None=None, # see `learn`
     steps:int=100, # see `learn`
     lr:float=1e-3, # see `learn`
     array_from:tuple=(), # see `learn`
+    **settings, # of `learn`; not needed
 ):
     "Refuse what cannot be learned from, and arrays numbered in different ways; note how theirs is numbered"
-    if not (steps >= 20 and 0 < lr < np.inf): raise InputError(f'steps is 20 or more and lr above 0 and finite, not {steps} and {lr}.')
+    if not (steps >= 20 and 0 < lr < np.inf):
+        raise InputError(f'steps is 20 or more and lr above 0 and finite, not {steps} and {lr}.')
     if alpha is not None and not 0 < alpha < np.inf:
-        raise InputError(f'alpha is above 0 and finite, not {alpha}. Leave it out, and it is chosen on inner folds.')
+        raise InputError(f'alpha is above 0 and finite, not {alpha}. '
+                         'Leave it out, and it is chosen on inner folds.')
     names, more = ([section_name(s) for s in ss] for ss in (sections, array_from))
     if len(taught := [*names, *more]) > len(set(taught)) or (more and not self.config['use_array']):
-        raise InputError(f'array_from takes sections that are not trained on, each once, and use_array, not {more} beside {names}.')
+        raise InputError('array_from takes sections that are not trained on, each once, and use_array, '
+                         f'not {more} beside {names}.')
     if self.config['use_array'] and len(kinds := {array_step(s) for s in [*sections, *array_from]}) > 1:
-        raise InputError(f'The sections are on arrays numbered in different ways (steps of {sorted(map(str, kinds))}), so nothing can be '
+        raise InputError('The sections are on arrays numbered in different ways '
+                         f'(steps of {sorted(map(str, kinds))}), so nothing can be '
                          'learned of their positions. Train on one kind, or with use_array=False.')
     self.about['array_step'] = array_step(sections[0])
 
 # %% ../nbs/models/texture.ipynb #60756b5a
-@basics.patch
+@patch
 def learn(self:TextureModel,
     examples:list, # of (numbers, positions, targets), one a section
     sections:list, # the same sections: which spots are alive, and what the array yields where
     alpha:float|None=None, # penalty of the ridge regression, per input; chosen on inner folds unless given
     steps:int=100, # of each transformer
     lr:float=1e-3, # AdamW's highest learning rate
-    array_from:tuple=(), # more sections on arrays of the same make; only their counts are used: they teach what the array yields where
+    array_from:tuple=(), # more sections on such arrays; their counts teach what the array yields where
     seed:int=0, # of the transformers
     device:str|torch.device|None=None, # chosen unless given
     checkpoint:str|Path|None=None, # not needed
@@ -375,14 +419,17 @@ def learn(self:TextureModel,
     inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), **how) if ask else None
     chosen = simplest_setting(inner) if ask else (3, 1.)
     alpha = float(chosen[1] if alpha is None else alpha)
-    rank = min(int(chosen[0] if rank is None else rank), self.config['n_genes'], sum(int(e.alive.sum()) for e in examples))
+    rank = min(int(chosen[0] if rank is None else rank), self.config['n_genes'],
+               sum(int(e.alive.sum()) for e in examples))
     H, T, about = _prepare(examples, rank, use_array, array_from)
     array, device = about['yields'].shape, default_device(device)
     with drawn_from(seed): self.shape(rank, array)
     self.config.update(rank=rank, array=list(array))
-    for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items(): getattr(self, k).copy_(torch.as_tensor(v))
-    self.to(device)                                                             # whole, before its parts are trained
+    for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items():
+        getattr(self, k).copy_(torch.as_tensor(v))
+    self.to(device)                                               # whole, before its parts are trained
     each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(self.members)]
-    self.about['training'].update(rank=rank, alpha=alpha, use_array=use_array, array_from=[section_name(s) for s in array_from])
+    self.about['training'].update(rank=rank, alpha=alpha, use_array=use_array,
+                                  array_from=[section_name(s) for s in array_from])
     self.about['inner_folds'] = inner.round(5).reset_index().to_dict('records') if ask else []
     return np.mean(each, 0).tolist() if each else []

@@ -56,7 +56,8 @@ def claim(
     share:float, # of the free cells, to be taken
 )->np.ndarray: # (n, n) about the distance to the border in px, positive inside
     "The region where a field is high, as a distance"
-    return (field - np.quantile(field[free], 1-min(share, 1)))*scale if free.any() else np.full_like(field, -scale)
+    return ((field - np.quantile(field[free], 1-min(share, 1)))*scale if free.any()
+            else np.full_like(field, -scale))
 
 # %% ../nbs/tissue/tissue.ipynb #db09ab11
 def hex_points(
@@ -68,8 +69,10 @@ def hex_points(
     "Points of a jittered hexagonal grid: random, yet never on top of each other"
     y,x = np.mgrid[0:size:pitch*.866, 0:size:pitch].astype(np.float32)
     x[1::2] += pitch/2
-    return np.stack([y,x], -1).reshape(-1,2) + rng.uniform(-jitter, jitter, (y.size,2)).astype(np.float32)*pitch
+    return (np.stack([y,x], -1).reshape(-1,2)
+            + rng.uniform(-jitter, jitter, (y.size,2)).astype(np.float32)*pitch)
 
+# %% ../nbs/tissue/tissue.ipynb #480c3402
 def _at(field, points): return map_coordinates(field, points.T/CELL - .5, order=1, mode='nearest')
 
 # %% ../nbs/tissue/tissue.ipynb #6d63caba
@@ -94,23 +97,27 @@ def round_objects(
 # %% ../nbs/tissue/tissue.ipynb #29d09495
 def _patient(name):
     if not re.fullmatch(r'[A-Za-z]+[0-9]+', name):
-        raise InputError(f'section name {name!r}: give letters for the patient, then a number for the section, such as X1.')
+        raise InputError(f'section name {name!r}: give letters for the patient, then a number for the '
+                         'section, such as X1.')
     return name.rstrip('0123456789')
 
+# %% ../nbs/tissue/tissue.ipynb #ee2012c1
 def patient_traits(
     patient:str, # letters, e.g. 'X'
     seed:int=0, # of the data set
-)->dict: # stains (2, 3) optical density in R, G, B; library in UMIs; tumour and fat as shares of the tissue; cut; strengths
+)->dict: # stains (2, 3) optical density in R, G, B; library in UMIs; tumour, fat: shares; cut; strengths
     "What differs between patients"
     rng = seeded(seed, patient, 'traits')
     h = np.array([.65,.70,.29]) + rng.normal(0, .055, 3)
     e = np.array([.12,.92,.35]) + rng.normal(0, .06, 3).clip(-.08)
     stains = np.stack([h/np.linalg.norm(h)*rng.uniform(1.55,2.3), e/np.linalg.norm(e)*rng.uniform(.65,1.15)])
-    return dict(stains=stains.astype(np.float32), library=float(rng.uniform(3500,9000)), tumour=float(rng.uniform(.32,.54)),
-                fat=float(rng.uniform(.14,.28)), cut=float(rng.uniform(0,2*np.pi)), strengths=rng.lognormal(0, .35, 400))
+    return dict(stains=stains.astype(np.float32), library=float(rng.uniform(3500,9000)),
+                tumour=float(rng.uniform(.32,.54)), fat=float(rng.uniform(.14,.28)),
+                cut=float(rng.uniform(0,2*np.pi)), strengths=rng.lognormal(0, .35, 400))
 
 # %% ../nbs/tissue/tissue.ipynb #02e57431
-SCALES = dict(edge=330, tumour=400, nest=58, cord=26, fat=330, immune=130, lobule=190, duct=240, growth=170, plasma=200, flow=160)
+SCALES = dict(edge=330, tumour=400, nest=58, cord=26, fat=330, immune=130, lobule=190, duct=240, growth=170,
+              plasma=200, flow=160)
 
 def patient_layout(
     patient:str, # letters, e.g. 'X'
@@ -124,7 +131,8 @@ def patient_layout(
     tissue = L['edge']>0
     zone = claim(F['tumour'], SCALES['tumour'], tissue, traits['tumour'])
     L['nest'] = np.minimum(zone, (.8*F['nest'] + .6*F['cord'] + .22)*42)
-    L['fat'] = np.minimum(claim(F['fat'], SCALES['fat'], tissue & (zone<-60), traits['fat']/(1-traits['tumour'])), -zone-60)
+    L['fat'] = np.minimum(
+        claim(F['fat'], SCALES['fat'], tissue & (zone<-60), traits['fat']/(1-traits['tumour'])), -zone-60)
     free = tissue & (zone<-60) & (L['fat']<-60)
     duct = np.minimum.reduce([claim(F['duct'], SCALES['duct'], free, .42), -zone-90, -L['fat']-90])
     L['duct'] = round_objects(rng, duct, 310, 122, 40)
@@ -136,7 +144,8 @@ def patient_layout(
     near = -np.abs(zone + 80).clip(0, 500)/250
     immune = claim(F['immune'] + near, SCALES['immune'], free, .34)
     L['immune'] = np.minimum.reduce([immune, -L['nest']-4, -L['fat']-20, -L['lobule']-25])
-    calm = np.minimum.reduce([-L['nest']-35, -L['fat']+20, -L['immune']-20, -L['lobule']-30, (L['duct']-1.25)*120])
+    calm = np.minimum.reduce([-L['nest']-35, -L['fat']+20, -L['immune']-20, -L['lobule']-30,
+                              (L['duct']-1.25)*120])
     L['vessel'] = round_objects(rng, calm, 260, 20, 20)
     L['across'], L['along'] = _fibre_coordinates(F['flow'], L, rng.uniform(0, np.pi))
     return {k: v.astype(np.float32) for k,v in L.items()}
@@ -146,7 +155,8 @@ def _outline(field, cut, px):
     n = len(field)
     v,u = ((np.indices((n,n)) + .5)/n*2 - 1)*n/(px//CELL)
     oval = 1 - ((abs(u)/.94)**3 + (abs(v)/.94)**3)**(1/3) + .12*field
-    return np.minimum.reduce([oval, .66 - u*np.cos(cut) - v*np.sin(cut), .93 - np.maximum(abs(u), abs(v))])*px/2
+    return np.minimum.reduce([oval, .66 - u*np.cos(cut) - v*np.sin(cut),
+                              .93 - np.maximum(abs(u), abs(v))])*px/2
 
 def _fibre_coordinates(flow, L, angle):
     y,x = (np.indices(flow.shape) + .5)*CELL
@@ -164,20 +174,24 @@ def section_layout(
     n, rng, patient = px//CELL, seeded(seed, name, 'layout'), _patient(name)
     yx = np.indices((n,n)) + _MARGIN + rng.uniform(-12, 12, (2,1,1))
     yx = yx + np.stack([3.5*smooth_field(rng, n, 220) for _ in range(2)])
-    L = {k: map_coordinates(f, yx, order=1, mode='nearest') for k,f in patient_layout(patient, seed, px).items()}
-    for k,rough in dict(edge=4, nest=7, immune=9, fat=9, lobule=9).items(): L[k] += rough*smooth_field(rng, n, 14)
+    L = {k: map_coordinates(f, yx, order=1, mode='nearest')
+         for k,f in patient_layout(patient, seed, px).items()}
+    for k,rough in dict(edge=4, nest=7, immune=9, fat=9, lobule=9).items():
+        L[k] += rough*smooth_field(rng, n, 14)
     y,x = (np.indices((n,n), dtype=np.float32) + .5)*CELL
     L['edge'] = np.minimum.reduce([L['edge'] + 10*smooth_field(rng, n, 50), x-90, y-90, px-90-x, px-90-y])
     return L
 
 # %% ../nbs/tissue/tissue.ipynb #6f2f6f4c
-REGIONS = ['connective tissue', 'adipose tissue', 'invasive cancer', 'immune infiltrate', 'breast glands', 'cancer in situ']
+REGIONS = ['connective tissue', 'adipose tissue', 'invasive cancer', 'immune infiltrate', 'breast glands',
+           'cancer in situ']
 
 def region_shares(
     layout:dict, # maps of `section_layout`
 )->np.ndarray: # (6, h, w) float32 in the order of `REGIONS`, summing to 1 in each cell
     "How much of each cell belongs to which region"
-    layers = [layout['fat']/5, layout['nest']/4, layout['immune']/18, layout['lobule']/10, (1-layout['duct'])*25]
+    layers = [layout['fat']/5, layout['nest']/4, layout['immune']/18, layout['lobule']/10,
+              (1-layout['duct'])*25]
     shares = np.zeros((6, *layout['edge'].shape), np.float32)
     shares[0] = 1
     for i,s in enumerate(layers, 1):
@@ -188,12 +202,15 @@ def region_shares(
 
 # %% ../nbs/tissue/tissue.ipynb #05942a73
 NUCLEI = pd.DataFrame(
-    columns='long short spread stain rough chromatin nucleoli cytoplasm'.split(), dtype=float, # axes in px, spread, densities
-    data=[(5.2, 4.1, .20, .74, .09, .34, .30, .27), (4.4, 2.0, .15, 1.30, .22, .05, 0, 0), (3.3, 3.0, .08, 1.08, .03, .12, 0, 0),
-          (3.4, 3.1, .08, 1.05, .04, .30, 0, .36), (7.5, 1.6, .22, .85, .06, .10, 0, 0), (4.4, 3.1, .10, .86, .04, .18, .10, 0),
+    # axes in px, spread, densities
+    columns='long short spread stain rough chromatin nucleoli cytoplasm'.split(), dtype=float,
+    data=[(5.2, 4.1, .20, .74, .09, .34, .30, .27), (4.4, 2.0, .15, 1.30, .22, .05, 0, 0),
+          (3.3, 3.0, .08, 1.08, .03, .12, 0, 0), (3.4, 3.1, .08, 1.05, .04, .30, 0, .36),
+          (7.5, 1.6, .22, .85, .06, .10, 0, 0), (4.4, 3.1, .10, .86, .04, .18, .10, 0),
           (4.8, 1.6, .12, .98, .04, .10, 0, 0), (1.8, 1.5, .40, .85, .20, .10, 0, 0)],
     index='tumour mitosis lymphocyte plasma fibroblast gland flat debris'.split())
 
+# %% ../nbs/tissue/tissue.ipynb #e0df405a
 def nucleus_bank(
     rng:np.random.Generator, # of the shapes
     kind:str, # row of `NUCLEI`
@@ -214,7 +231,8 @@ def nucleus_bank(
     inside = expit((rim - r)*np.sqrt(long*short)*2.2)
     texture = gaussian_filter(rng.standard_normal((shapes, angles, 2*h+1, 2*h+1)), (0,0,1,1))*3.5
     spots = sum(np.exp(-((u-vary(0,.3))**2*long**2 + (v-vary(0,.3))**2*short**2)/2) for _ in range(2))
-    dark = vary(k.stain, .1*k.stain)*(1 + k.chromatin*(.5*texture + .8*(r**2-.6).clip(-.6,.6)) + k.nucleoli*spots)
+    dark = vary(k.stain, .1*k.stain)*(
+        1 + k.chromatin*(.5*texture + .8*(r**2-.6).clip(-.6,.6)) + k.nucleoli*spots)
     body = k.cytoplasm*expit((long + 3.2 - np.hypot(u*long - .6*k.long*(kind=='plasma'), v*short))*1.6)
     return np.maximum(inside*dark, body).clip(0, 1.7).astype(np.float32).reshape(shapes*angles, 2*h+1, 2*h+1)
 
@@ -225,19 +243,23 @@ def stamp(
     points:np.ndarray, # (n, 2) centres (y, x) in px
     index:np.ndarray, # (n,) which picture
 ):
-    "Stamp pictures onto a canvas; where they overlap the darker one stays. Those that reach over the border are left out"
+    """Stamp pictures onto a canvas.
+
+    Where they overlap the darker one stays. Those that reach over the border are left out"""
     h,(height,width) = bank.shape[1]//2, canvas.shape
     y,x = points.astype(int).T
     ok = (y>=h) & (x>=h) & (y<height-h) & (x<width-h)
     o = np.arange(-h, h+1)
     o, flat, base, index = (o[:,None]*width + o).ravel(), canvas.reshape(-1), (y*width + x)[ok], index[ok]
-    for i in range(0, len(base), 2048): np.maximum.at(flat, base[i:i+2048,None] + o, bank[index[i:i+2048]].reshape(-1, len(o)))
+    for i in range(0, len(base), 2048):
+        np.maximum.at(flat, base[i:i+2048,None] + o, bank[index[i:i+2048]].reshape(-1, len(o)))
 
 # %% ../nbs/tissue/tissue.ipynb #2ed1c94e
 def _direction(field, turn=0.):
     gy,gx = np.gradient(field)
     return np.arctan2(gy, gx) + turn
 
+# %% ../nbs/tissue/tissue.ipynb #96797fb3
 def cell_plan(
     layout:dict, # maps of `section_layout`
     shares:np.ndarray, # (6, h, w) of `region_shares`
@@ -247,17 +269,23 @@ def cell_plan(
     step = lambda s,w: (s/w + .5).clip(0, 1)
     connective,fat,nest,immune,lobule,duct = shares*step(L['edge']-6, 4)
     stroma = (connective + .15*immune + .8*lobule*step(L['acinus']-1.15, .1))*step(L['vessel']-1.3, .2)
-    grow, plasma, core, dead = expit(1.6*L['growth']), expit(3*L['plasma']), expit((L['nest']-58)/7), expit((.42-L['duct'])*20)
+    grow, plasma, core, dead = (expit(1.6*L['growth']), expit(3*L['plasma']), expit((L['nest']-58)/7),
+                                expit((.42-L['duct'])*20))
     stray = .06*connective*step(L['nest']+45, 30)
-    return [('tumour', 11.2, .22, nest*(.42 + .5*grow)*(1 - .45*core) + stray, None), ('mitosis', 30, .4, nest*.22*grow**2, None),
-            ('tumour', 11.6, .2, duct*.85*(1-dead)*step(.96-L['duct'], .04), None), ('debris', 9, .5, duct*.4*dead, None),
+    return [('tumour', 11.2, .22, nest*(.42 + .5*grow)*(1 - .45*core) + stray, None),
+            ('mitosis', 30, .4, nest*.22*grow**2, None),
+            ('tumour', 11.6, .2, duct*.85*(1-dead)*step(.96-L['duct'], .04), None),
+            ('debris', 9, .5, duct*.4*dead, None),
             ('lymphocyte', 7.6, .24, .92*immune*(1-plasma) + .02*stroma + .02*nest, None),
             ('plasma', 10.6, .25, .9*immune*plasma + .012*stroma, None),
             ('fibroblast', 20, .45, .38*stroma, _direction(L['across'], across)),
-            ('gland', 8.4, .2, lobule*step(L['acinus']-.44, .1)*step(.9-L['acinus'], .1), _direction(L['acinus'])),
+            ('gland', 8.4, .2, lobule*step(L['acinus']-.44, .1)*step(.9-L['acinus'], .1),
+             _direction(L['acinus'])),
             ('flat', 9, .3, .65*lobule*step(.12-abs(L['acinus']-1), .1), _direction(L['acinus'], across)),
-            ('flat', 9, .3, .8*step(.03-abs(L['duct']-1), .02)*step(L['edge']-6, 4), _direction(L['duct'], across)),
-            ('flat', 7, .3, .8*connective*step(.25-abs(L['vessel']-1.05), .1), _direction(L['vessel'], across))]
+            ('flat', 9, .3, .8*step(.03-abs(L['duct']-1), .02)*step(L['edge']-6, 4),
+             _direction(L['duct'], across)),
+            ('flat', 7, .3, .8*connective*step(.25-abs(L['vessel']-1.05), .1),
+             _direction(L['vessel'], across))]
 
 # %% ../nbs/tissue/tissue.ipynb #ab14fcd8
 def place_nuclei(
@@ -271,7 +299,8 @@ def place_nuclei(
         p = hex_points(rng, px, pitch, jitter)
         p = p[rng.random(len(p)) < _at(chance, p)]
         y,x = (p/CELL).astype(int).clip(0, len(chance)-1).T
-        turn = rng.uniform(0, np.pi, len(p)) if direction is None else direction[y,x] + rng.normal(0, .17, len(p))
+        turn = (rng.uniform(0, np.pi, len(p)) if direction is None
+                else direction[y,x] + rng.normal(0, .17, len(p)))
         out.append((kind, p, turn))
     return out
 
@@ -289,7 +318,9 @@ def fibres(
     t /= t.std()
     return t[across.astype(np.int32)%4096, (along/step).astype(np.int32)%256]
 
-def _resize(field, px): return np.array(Image.fromarray(np.ascontiguousarray(field, np.float32)).resize((px,px), Image.BICUBIC))
+# %% ../nbs/tissue/tissue.ipynb #188b262a
+def _resize(field, px):
+    return np.array(Image.fromarray(np.ascontiguousarray(field, np.float32)).resize((px,px), Image.BICUBIC))
 def _step(s, width=2.): return np.clip(s/width + .5, 0, 1)
 def _noise(rng, grain, px):
     n = -(-px//grain)
@@ -300,7 +331,7 @@ def fat_cells(
     rng:np.random.Generator, # of the centres
     layout:dict, # maps of `section_layout`
     px:int, # side of the image
-)->tuple: # (px/2, px/2) share covered, (px/2, px/2) walls, (k, 2) middles (y, x) of walls in px, (k,) their directions
+)->tuple: # (px/2, px/2) share covered, the same of walls; (k, 2) walls' middles (y, x) in px; (k,) directions
     "The thin-walled polygons of adipose tissue, at half resolution"
     c = hex_points(rng, px, 72, .36)
     depth = _at(layout['fat'], c) + rng.normal(0, 14, len(c))
@@ -308,10 +339,12 @@ def fat_cells(
     cover, walls = [Image.new('L', (px//2, px//2)) for _ in range(2)]
     if len(c) < 4: return *[np.asarray(i, np.float32) for i in (cover, walls)], np.zeros((0,2)), np.zeros(0)
     v = Voronoi(c)
-    fill, line, corner = ImageDraw.Draw(cover).polygon, ImageDraw.Draw(walls).line, [tuple(p) for p in v.vertices[:,::-1]/2]
+    fill, line, corner = (ImageDraw.Draw(cover).polygon, ImageDraw.Draw(walls).line,
+                          [tuple(p) for p in v.vertices[:,::-1]/2])
     for d,r in zip(depth, v.point_region):
         if d>0 and min(v.regions[r])>=0: fill([corner[j] for j in v.regions[r]], fill=255)
-    e = np.array([r for k,r in zip(v.ridge_points, v.ridge_vertices) if depth[k].max()>0 and min(r)>=0]).reshape(-1,2)
+    e = np.array([r for k,r in zip(v.ridge_points, v.ridge_vertices)
+                  if depth[k].max()>0 and min(r)>=0]).reshape(-1,2)
     for i,j in e: line([corner[i], corner[j]], fill=255, width=1)
     walls = np.asarray(walls.filter(ImageFilter.GaussianBlur(1.8)), np.float32)
     a,b = v.vertices[e[:,0]], v.vertices[e[:,1]]
@@ -357,11 +390,14 @@ def background(
     core = _step(nest-58, 30)
     over(nest, .36 + .04*fine + .05*coarse + .14*core, .13 + .02*fine + .03*coarse - .06*core)
     over(lobule, .26 + .07*thin + .04*fine, .05, 30)
-    over((1.22-acinus)*30, .5, .06); over((1.06-acinus)*30, .40 + .05*fine, .15)
+    over((1.22-acinus)*30, .5, .06)
+    over((1.06-acinus)*30, .40 + .05*fine, .15)
     over((.36-acinus)*30, .03 + .14*_step(coarse-.4, .5), .01)
-    over((1.05-duct)*125, .68 + .1*thin, .07); over((1-duct)*125, .38 + .04*fine + .04*coarse, .15 + .02*fine)
+    over((1.05-duct)*125, .68 + .1*thin, .07)
+    over((1-duct)*125, .38 + .04*fine + .04*coarse, .15 + .02*fine)
     over((.42-duct)*125 + 4*coarse, .62 + .13*fine + .1*coarse, .10 + .06*fine, 12)
-    over((1.45-vessel)*20, .58 + .05*fine, .06); over((.9-vessel)*20, .04, 0)
+    over((1.45-vessel)*20, .58 + .05*fine, .06)
+    over((.9-vessel)*20, .04, 0)
     thickness = _step(edge, 3)*(1 + .07*_resize(smooth_field(rng, h//4, 60), h))
     return E*thickness, H*thickness
 
@@ -383,7 +419,8 @@ def draw_tissue(
         index = rng.integers(24, size=len(points))*16 + np.round(turn/np.pi*16).astype(int)%16
         stamp(haematoxylin, nucleus_bank(rng, kind), points, index)
     blood = hex_points(rng, px, 7)
-    blood = blood[(_at(layout['vessel'], blood)<.7) & (_at(layout['edge'], blood)>8) & (rng.random(len(blood))<.7)]
+    blood = blood[(_at(layout['vessel'], blood)<.7) & (_at(layout['edge'], blood)>8)
+                  & (rng.random(len(blood))<.7)]
     y,x = np.mgrid[-4:5,-4:5]
     stamp(eosin, expit((3.2-np.hypot(x,y))*2)[None].astype(np.float32)*1.2, blood, np.zeros(len(blood), int))
     grain = rng.normal(0, .012, (128,px)).astype(np.float32)
@@ -394,19 +431,23 @@ def draw_tissue(
 
 # %% ../nbs/tissue/tissue.ipynb #d6063e47
 GENES = dict(
-    tumour='ERBB2 GNAS FASN KRT8 KRT18 KRT19 CLDN4 MUC1 EPCAM SCD MYL12B GRB7 STARD3 MIEN1 PGAP3 PNMT CLDN3 CDH1 SPINT2 XBP1 '
-           'AGR2 ELF3 KRT7 PPP1R1B TACSTD2 ESRP1',
+    tumour='ERBB2 GNAS FASN KRT8 KRT18 KRT19 CLDN4 MUC1 EPCAM SCD MYL12B GRB7 STARD3 MIEN1 PGAP3 PNMT '
+           'CLDN3 CDH1 SPINT2 XBP1 AGR2 ELF3 KRT7 PPP1R1B TACSTD2 ESRP1',
     proliferation='MKI67 TOP2A PCNA CCNB1 CDK1 BIRC5 TYMS STMN1 TUBB HMGB2 UBE2C H2AFZ',
     hypoxia='VEGFA CA9 NDRG1 ADM SLC2A1 LDHA PGK1 BNIP3',
     in_situ='CEACAM6 S100A9 S100A8 S100P CEACAM5 S100A7 CRIP1 TFF3',
-    stroma='COL1A1 COL3A1 COL1A2 FN1 SPARC DCN LUM POSTN COL6A1 COL6A2 COL6A3 COL5A1 COL5A2 BGN VCAN THBS2 FBN1 MMP2 AEBP1 '
-           'CTSK TAGLN ACTA2 MMP11 IGFBP7',
+    stroma='COL1A1 COL3A1 COL1A2 FN1 SPARC DCN LUM POSTN COL6A1 COL6A2 COL6A3 COL5A1 COL5A2 BGN VCAN '
+           'THBS2 FBN1 MMP2 AEBP1 CTSK TAGLN ACTA2 MMP11 IGFBP7',
     vessel='PECAM1 VWF CDH5 CLDN5 PLVAP ENG EMCN RAMP2 AQP1 RGS5',
-    t_cell='CD74 HLA-DRA PTPRC CD3D CD3E TRAC TRBC2 CD2 CD8A CD4 IL7R CCL5 CXCL9 CXCL10 CXCL13 GZMA GZMK NKG7 LTB CORO1A',
-    plasma='IGKC IGHM IGLC2 IGHG1 IGHG3 IGLC3 IGHA1 JCHAIN MZB1 CD79A CD79B MS4A1 CD19 POU2AF1 TNFRSF17 DERL3',
+    t_cell='CD74 HLA-DRA PTPRC CD3D CD3E TRAC TRBC2 CD2 CD8A CD4 IL7R CCL5 CXCL9 CXCL10 CXCL13 GZMA GZMK '
+           'NKG7 LTB CORO1A',
+    plasma='IGKC IGHM IGLC2 IGHG1 IGHG3 IGLC3 IGHA1 JCHAIN MZB1 CD79A CD79B MS4A1 CD19 POU2AF1 TNFRSF17 '
+           'DERL3',
     fat='ADIPOQ FABP4 PLIN1 PLIN4 LPL CD36 ADH1B GPD1 CIDEC LEP G0S2 AQP7 RBP4',
     gland='SCGB2A2 SCGB1D2 PIP MUCL1 SCGB2A1 AZGP1 LTF PIGR SLPI WFDC2 KRT15 ELF5 KIT CCL28',
     myoepithelium='KRT14 KRT5 KRT17 OXTR MYLK ACTG2 CNN1 TP63')
+
+# %% ../nbs/tissue/tissue.ipynb #5d99ddac
 SHARED = dict(
     proliferation='KRT8 KRT18 ERBB2', hypoxia='ERBB2 KRT8 KRT18 GNAS',
     in_situ='ERBB2 GNAS FASN KRT8 KRT18 KRT19 CLDN4 MUC1 EPCAM GRB7',
@@ -429,7 +470,8 @@ def gene_programmes(
     level = pd.Series(seeded(0, 'levels').lognormal(0, .9, len(genes)), genes)
     common = pd.concat([level[g]/level[g].sum()*part for g,part in ((marked,.22), (FLAT,.60), (NULL,.18))])
     level = level*patient_traits(patient, seed)['strengths'][:len(genes)]
-    own = pd.DataFrame({p: level[g.split()]/level[g.split()].sum() for p,g in GENES.items()}, genes).fillna(0).T
+    own = pd.DataFrame({p: level[g.split()]/level[g.split()].sum() for p,g in GENES.items()},
+                       genes).fillna(0).T
     home = own.max()
     for p,g in SHARED.items():
         also = .6*home[g.split()]
@@ -445,9 +487,11 @@ def programme_shares(
     "How much of a cell's RNA comes from which programme"
     L,(connective,fat,nest,immune,lobule,duct) = layout, shares
     grow, plasma, core = expit(1.6*L['growth']), expit(3*L['plasma']), expit((L['nest']-58)/7)
-    gland, rim, dead = np.clip((1.08-L['acinus'])*6, 0, 1), expit((L['duct']-.88)*30), expit((.42-L['duct'])*20)
+    gland, rim, dead = (np.clip((1.08-L['acinus'])*6, 0, 1), expit((L['duct']-.88)*30),
+                        expit((.42-L['duct'])*20))
     f = dict(
-        tumour=nest*(1 - .4*grow)*(1 - .4*core), proliferation=nest*.4*grow*(1 - .4*core) + duct*.15*(1-dead)*(1-rim),
+        tumour=nest*(1 - .4*grow)*(1 - .4*core),
+        proliferation=nest*.4*grow*(1 - .4*core) + duct*.15*(1-dead)*(1-rim),
         hypoxia=nest*.4*core + duct*.5*dead, in_situ=duct*(.85-.35*dead)*(1-rim),
         stroma=.88*connective + .15*fat + .15*immune + lobule*(1-gland), vessel=.06*connective + .10*fat,
         t_cell=.03*connective + .85*immune*(1 - .85*plasma), plasma=.03*connective + .85*immune*.85*plasma,
@@ -493,19 +537,25 @@ def true_expression(
     truth = section.uns.get('histogene', {}).get('truth')
     if truth is None:
         name = ', '.join(section.uns.get('spatial', {})) or 'this section'
-        raise InputError(f'{name} carries no true expression: true_expression is for sections made by synthetic_section.')
+        raise InputError(f'{name} carries no true expression: true_expression is for sections made by '
+                         'synthetic_section.')
     shares, c = np.asarray(truth['shares']), np.asarray(centres, float)
-    if c.ndim != 2 or c.shape[1] != 2: raise InputError(f'centres of shape {c.shape}: give one row (x, y) for each window.')
+    if c.ndim != 2 or c.shape[1] != 2:
+        raise InputError(f'centres of shape {c.shape}: give one row (x, y) for each window.')
     if not size > 0: raise InputError(f'windows of {size} px: give a size above 0.')
     h,w = [n*CELL for n in shares.shape[1:]]
     out = ~((c - size/2 >= 0) & (c + size/2 <= [w,h])).all(1)
     if out.any():
         i = out.argmax()
-        raise InputError(f'window {i}, {size:g} px around ({c[i,0]:g}, {c[i,1]:g}), reaches outside the image of {w} x {h} px '
-                         f'({out.sum()} such in all). Give centres (x, y) at least half a window inside.')
+        raise InputError(f'window {i}, {size:g} px around ({c[i,0]:g}, {c[i,1]:g}), reaches outside the '
+                         f'image of {w} x {h} px ({out.sum()} such in all). '
+                         'Give centres (x, y) at least half a window inside.')
     genes = pd.Index(truth['genes']).get_indexer(section.var_names)
-    if (genes<0).any(): raise InputError(f'gene {section.var_names[(genes<0).argmax()]} is not one that synthetic_section made.')
-    return (window_means(shares, c, size)/255 @ np.asarray(truth['profiles'], float)[:,genes]).astype(np.float32)
+    if (genes<0).any():
+        raise InputError(f'gene {section.var_names[(genes<0).argmax()]} is not one that '
+                         'synthetic_section made.')
+    return (window_means(shares, c, size)/255
+            @ np.asarray(truth['profiles'], float)[:,genes]).astype(np.float32)
 
 # %% ../nbs/tissue/tissue.ipynb #1719dc8b
 _RNA = np.array([.7,.35,1.3,1.2,1.,1.2]) # RNA per area, in the order of REGIONS
@@ -529,14 +579,17 @@ def synthetic_section(
     pitch:float=224., # px between spots (HER2+: 200 um)
     spot_diameter:float=112., # px (HER2+: 100 um, the paper's patch)
     dispersion:float=.25, # phi of the negative binomial, above 0
-    library:float|None=None, # UMIs that a spot of average tissue yields; None: as many as are usual for the patient
+    library:float|None=None, # UMIs that a spot of average tissue yields; as is usual for the patient if None
 )->AnnData: # spots x genes, with the truth in `uns['histogene']['truth']`
-    "One section of synthetic tissue: image, spots, counts, labels and truth, the same for the same seed and name"
+    ("One section of synthetic tissue: image, spots, counts, labels and truth, "
+     "the same for the same seed and name")
     if not (pitch > 0 and 0 < spot_diameter <= px/4 and dispersion > 0 and (library is None or library > 0)):
-        raise InputError(f'{name}: pitch {pitch}, dispersion {dispersion} and library {library} must be above 0, '
-                         f'spot_diameter {spot_diameter} too, and at most a quarter of the image side of {px} px.')
+        raise InputError(f'{name}: pitch {pitch}, dispersion {dispersion} and library {library} must be '
+                         f'above 0, spot_diameter {spot_diameter} too, and at most a quarter of the image '
+                         f'side of {px} px.')
     patient, layout, rng = _patient(name), section_layout(name, seed, px), seeded(seed, name, 'counts')
-    shares, traits, profiles = region_shares(layout), patient_traits(patient, seed), gene_programmes(patient, seed)
+    shares, traits, profiles = (region_shares(layout), patient_traits(patient, seed),
+                                gene_programmes(patient, seed))
     packed, path = pack_shares(programme_shares(layout, shares)), Path(folder)/f'{name}.jpg'
     col,row,centres = _array(layout, px, pitch, spot_diameter)
     region = window_means(shares, centres, spot_diameter)
@@ -545,9 +598,11 @@ def synthetic_section(
     total = (library or traits['library'])*(region@_RNA)*rng.lognormal(0, .3, len(col))
     counts = draw_counts(rng, expected, total, dispersion)
     _save_jpeg(draw_tissue(name, layout, shares, seed), path)
-    section = new_section(counts, list(profiles), [f'{x}x{y}' for x,y in zip(col,row)], centres, col, row, name, patient, path,
-                          spot_diameter, source=f'synthetic tissue, seed {seed}', annotation=label)
-    names = dict(genes=np.array(profiles.columns, dtype=object), programmes=np.array(profiles.index, dtype=object))
+    section = new_section(counts, list(profiles), [f'{x}x{y}' for x,y in zip(col,row)], centres, col, row,
+                          name, patient, path, spot_diameter, source=f'synthetic tissue, seed {seed}',
+                          annotation=label)
+    names = dict(genes=np.array(profiles.columns, dtype=object),
+                 programmes=np.array(profiles.index, dtype=object))
     section.uns['histogene']['truth'] = dict(shares=packed, profiles=profiles.values, **names)
     return section
 
@@ -571,4 +626,5 @@ def synthetic_sections(
     **kwargs, # more for `synthetic_section`
 )->list: # of sections
     "Several sections of synthetic tissue"
-    return [synthetic_section(folder, n, seed, **kwargs) for n in tqdm(names, 'synthetic tissue', disable=not progress)]
+    return [synthetic_section(folder, n, seed, **kwargs)
+            for n in tqdm(names, 'synthetic tissue', disable=not progress)]

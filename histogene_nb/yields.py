@@ -18,27 +18,32 @@ def local_yield(
     n = np.asarray(section.X.sum(1)).ravel()
     around = neighbour_graph(section) if len(section) > 2 else None
     of = lambda i: around.indices[around.indptr[i]:around.indptr[i+1]]
-    median = np.array([np.median(n[of(i)]) if around is not None and len(of(i)) else n[i] for i in range(len(n))])
+    median = np.array([np.median(n[of(i)]) if around is not None and len(of(i)) else n[i]
+                       for i in range(len(n))])
     return np.log((n + 1)/(median + 1))
 
 # %% ../nbs/models/yields.ipynb #c0cf4f3c
-DEAD = -3.                                                                      # local yield (ln) below which a spot is dead
+DEAD = -3.                                             # local yield (ln) below which a spot is dead
 
 def array_yields(
     sections:list, # AnnData each, raw counts, all on arrays of one make
-)->tuple: # two tables (x, y) by array position: mean ln yield of the spots alive, and share of sections in which the spot is dead, both shrunk towards 0
+)->tuple: # by array position (x, y), shrunk towards 0: mean ln yield of live spots; share of sections dead
     "What is known of an array's positions from the sections measured on it"
     where = [section.obs[['array_col', 'array_row']].to_numpy() for section in sections]
     if not where: raise InputError('There is no section to learn the array from.')
-    if any((w < 0).any() for w in where): raise InputError('An array position is a whole number from 0; there are negative ones.')
+    if any((w < 0).any() for w in where):
+        raise InputError('An array position is a whole number from 0; there are negative ones.')
     size = np.max([w.max(0) for w in where], 0) + 1
     total, n, n_dead = np.zeros(size), np.zeros(size), np.zeros(size)
     for section,w in zip(sections, where):
         y = local_yield(section)
         alive = y > DEAD
-        np.add.at(total, tuple(w[alive].T), y[alive].clip(-1, 1)); np.add.at(n, tuple(w.T), 1); np.add.at(n_dead, tuple(w[~alive].T), 1)
+        np.add.at(total, tuple(w[alive].T), y[alive].clip(-1, 1))
+        np.add.at(n, tuple(w.T), 1)
+        np.add.at(n_dead, tuple(w[~alive].T), 1)
     return (total/(n - n_dead + 1)).astype(np.float32), (n_dead/(n + 1)).astype(np.float32)
 
+# %% ../nbs/models/yields.ipynb #790c6def
 def at_positions(
     table:np.ndarray, # (x, y), from `array_yields`
     positions:np.ndarray, # (n, 2) array positions (x, y)
