@@ -176,6 +176,7 @@ class Place(NamedTuple):
     metadata:dict # source_image_path, image_width, image_height, where the section has a photograph
     path:str|None # of the full-resolution photograph
 
+# %% ../nbs/idea/sections.ipynb #efaf6823
 def place(
     section:AnnData, # one section
 )->Place: # its name, the diameter of a spot, and what is known of its image

@@ -73,7 +73,7 @@ def test_api(site):
     html = (site/'tissue/her2st.html').read_text(encoding='utf-8')
     entry = html[html.index('id="read_her2st"'):]
     assert '<th scope="col">Parameter</th>' in entry and '<th scope="row"><code>root</code></th>' in entry
-    assert 'Exported source' in entry
+    assert 'Exported source: read_her2st' in html
     assert not [p.name for p in site.rglob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
 
 def test_what_is_folded(site):
