@@ -509,7 +509,7 @@ def _on_ray(address, todo, late, cores, gpus):
 # of fold.json: not for folds.csv
 _LISTS = ('genes', 'mean_r', 'attention', 'losses', 'inner_folds', 'training', 'test')
 
-#| fold
+# %% ../nbs/runs/crossval.ipynb #53fd0e02
 def fold_names(
     sections:dict, # section -> patient, as in run.json
     by:str='section', # or 'patient'
