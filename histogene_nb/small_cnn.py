@@ -13,14 +13,14 @@ from .patches import extract_patches
 # %% ../nbs/models/small_cnn.ipynb #5588b48c
 class SmallCNN(SpotModel):
     "Three convolutions on a spot and its surroundings"
-    name, usual = 'small CNN', dict(epochs=100, lr=1e-3)                              # what it is called; how it is trained, unless told otherwise
+    name, usual = 'small CNN', dict(epochs=100, lr=1e-3)     # how it is trained, unless told otherwise
     def __init__(self,
         n_genes:int, # genes to predict
         px:int=32, # side of a patch in the tensor
         width:float=3., # of the tissue that it shows, in spot diameters
         dim:int=64, # channels
     ):
-        super().__init__(n_genes=n_genes, px=px, width=width, dim=dim)                # kept, so that it can be made again
+        super().__init__(n_genes=n_genes, px=px, width=width, dim=dim)    # so that it can be made again
         layer = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU())
         self.net = nn.Sequential(layer(3, dim), layer(dim, dim), layer(dim, dim),
                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, n_genes))
