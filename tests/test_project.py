@@ -44,6 +44,13 @@ def test_modules_have_notebooks():
     "Nothing is in the library that no notebook exports: a renamed notebook leaves its old module behind."
     assert {exports(p) for p in notebooks()} - {None} == set(modules)
 
+@pytest.mark.parametrize('path', sorted([*(root/'experiments').glob('*.py'), *(root/'tools').glob('*.py')]), ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_scripts_import_what_is_there(path):
+    "Experiments run for hours and tools now and then, so no other test would notice that the library has moved on."
+    wanted = [(n.module, a.name) for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('histogene_nb.') for a in n.names]
+    gone = [f'{m}.{name}' for m,name in wanted if not hasattr(importlib.import_module(m), name)]
+    assert not gone, f'{path.name} imports what is not there: {gone}'
+
 def test_readme():
     import readme
     text, pictures = readme.readme()

@@ -9,7 +9,7 @@ raises what PyTorch raises, and so do float64 on mps and tensors of the device t
 device draws its random numbers from a generator of its own. Autocast is the processor's, which leaves
 layer_norm and softmax in 16 bits where a card's takes 32. It knows nothing of kernels, memory or speed.
 """
-import argparse, os, shutil, sys, tempfile
+import argparse, shutil, sys, tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
