@@ -148,7 +148,6 @@ def ridges(
     device:str|None=None, # of the network; chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
     size:int=224, # see `texture_numbers`
-    views:int=4, # see `texture_numbers`
     **_, # seed, checkpoint: not needed
 )->tuple: # list of predicted sections, and {}
     "Ridge regression on plain colour numbers, and on a frozen pretrained network's textures"
@@ -156,7 +155,7 @@ def ridges(
     from histogene_nb.texture import Textures, colour_numbers, ridge_baseline, texture_numbers
     known, predicted = [normalize(s, panel, normalization) for s in training], []
     textures = Textures(load_lite0()).to(default_device(device))
-    see_textures = lambda s: texture_numbers(textures, s, size=size, cache=cache, views=views).numpy()
+    see_textures = lambda s: texture_numbers(textures, s, size=size, cache=cache).numpy()
     for name,see in {'ridge on colours': partial(colour_numbers, cache=cache),
                      'ridge on textures': see_textures}.items():
         numbers = [see(s) for s in training]

@@ -73,7 +73,7 @@ def test_textures_of_a_picture_in_the_file_are_those_of_the_file(made, tmp_path)
     path = alone.uns['spatial']['X1']['metadata'].pop('source_image_path')
     alone.uns['spatial']['X1'] = dict(images=dict(hires=np.asarray(Image.open(path))), scalefactors=dict(spot_diameter_fullres=112., tissue_hires_scalef=1.), metadata={})
     few = alone.obsm['spatial'][:3]
-    ours, theirs = (texture_numbers(textures, s, windows=(1., 2.), size=64, centres=few, views=1, cache=tmp_path) for s in (alone, made['square']))
+    ours, theirs = (texture_numbers(textures, s, windows=(1., 2.), size=64, centres=few, cache=tmp_path) for s in (alone, made['square']))
     assert (ours == theirs).all() and len(list(tmp_path.iterdir())) == 2
 
 def test_one_tile_is_one_sequence_and_many_share_out_all(made):

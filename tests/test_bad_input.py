@@ -348,7 +348,7 @@ def test_model_of_another_shape(saved, panel):
 @pytest.fixture(scope='module')
 def texture_folder(made, tmp_path_factory):
     "A small texture model"
-    model, _ = TextureModel.train_on(made['sections'], made['panel'], rank=2, alpha=1., steps=20, windows=(1., 2.), size=32, views=1, members=1, dim=16, depth=1, heads=2)
+    model, _ = TextureModel.train_on(made['sections'], made['panel'], rank=2, alpha=1., steps=20, windows=(1., 2.), size=32, members=1, dim=16, depth=1, heads=2)
     return save_pretrained(model, tmp_path_factory.mktemp('texture'))
 
 @pytest.fixture
@@ -376,10 +376,10 @@ def test_weights_of_another_kind(saved, saved_texture):
         refused('weights .* (are missing|belong to no part)', from_pretrained, b)
         shutil.copy(weights, b/'model.safetensors')
 
-@pytest.mark.parametrize('options,match', [(dict(steps=19), 'steps is 20 or more'), (dict(lr=0), 'lr above 0'), (dict(views=9), 'views is 1 to'), (dict(members=-1), 'members 0 or more'), (dict(windows=()), 'windows above 0'), (dict(windows=(0., 1.)), 'windows above 0'),
+@pytest.mark.parametrize('options,match', [(dict(steps=19), 'steps is 20 or more'), (dict(lr=0), 'lr above 0'), (dict(members=-1), 'members 0 or more'), (dict(windows=()), 'windows above 0'), (dict(windows=(0., 1.)), 'windows above 0'),
                                            (dict(rank=0), 'rank'), (dict(rank=-2), 'rank'), (dict(alpha=0.), 'alpha'), (dict(alpha=-1.), 'alpha'), (dict(alpha=np.nan), 'alpha'), (dict(size=0), 'size')])
 def test_impossible_texture_training(made, options, match):
-    refused(match, TextureModel.train_on, made['sections'], made['panel'], **{**dict(steps=20, windows=(1.,), size=32, views=1, members=1, rank=2, alpha=1.), **options})
+    refused(match, TextureModel.train_on, made['sections'], made['panel'], **{**dict(steps=20, windows=(1.,), size=32, members=1, rank=2, alpha=1.), **options})
 
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
 def test_file_of_the_model_missing(saved, name):

@@ -49,7 +49,7 @@ SIZES = dict(
         toy=dict(n_genes=12, patch_size=16, dim=32, depth=2, heads=4), toy_spots=40, toy_epochs=5,
         few=3, repeat_epochs=3, compare_epochs=60, lr=3e-3, spots=(30, 70), steps=8, product=512,
         patches=(200, 800), attention_patches=(300, 1200),
-        px=1200, texture=dict(windows=(1.,), size=56, views=1, members=1, dim=16), windows=64, window_px=56,
+        px=1200, texture=dict(windows=(1.,), size=56, members=1, dim=16), windows=64, window_px=56,
         sections=5, section_spots=30, epochs=10, limit=5))
 
 TOLERANCE = dict(float32=1e-3, bfloat16=2e-2, float16=2e-2)                    # of losses, relative
@@ -445,9 +445,10 @@ def textures(device, s):
     with tempfile.TemporaryDirectory() as folder:
         section = synthetic_section(folder, 'X1', px=s['px'])
         patches = extract_patches(section, px, width=2)
-        row('with cutting', len(section), 16, lambda: texture_numbers(net, section, (2.,), px, views=1))
+        row('with cutting', len(section), 16, lambda: texture_numbers(net, section, (2.,), px))
     looked_at = many(patches, windows)
-    def numbers(batch=16): return torch.cat([net(b.to(device)).cpu() for b in looked_at.split(batch)])
+    def means(batch): return torch.cat([m.mean((2, 3)) for m in net(batch.to(device))], 1).cpu()
+    def numbers(batch=16): return torch.cat([means(b) for b in looked_at.split(batch)])
     for batch in (16, 128): row('network alone', windows, batch, lambda: numbers(batch))
     return dict(window_px=px, rows=rows, tf32=tf32(device, numbers))
 
