@@ -55,10 +55,11 @@ def gene_programmes(
     marked = list(dict.fromkeys(' '.join(GENES.values()).split()))
     genes = marked + FLAT + NULL
     level = pd.Series(seeded(0, 'levels').lognormal(0, .9, len(genes)), genes)
-    common = pd.concat([level[g]/level[g].sum()*part for g,part in ((marked,.22), (FLAT,.60), (NULL,.18))])
+    common = pd.concat([level[g]/level[g].sum()*part
+                        for g,part in ((marked,.22), (FLAT,.60), (NULL,.18))])
     level = level*patient_traits(patient, seed)['strengths'][:len(genes)]
-    own = pd.DataFrame({p: level[g.split()]/level[g.split()].sum() for p,g in GENES.items()},
-                       genes).fillna(0).T
+    own = pd.DataFrame({p: level[g.split()]/level[g.split()].sum()
+                        for p,g in GENES.items()}, genes).fillna(0).T
     home = own.max()
     for p,g in SHARED.items():
         also = .6*home[g.split()]

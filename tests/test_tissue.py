@@ -6,8 +6,10 @@ from anndata import AnnData, read_h5ad
 from fastcore.test import test_close as close
 from histogene_nb.files import InputError
 from histogene_nb.histology import *
+from histogene_nb.histology import _nucleus_bank, _stamp
 from histogene_nb.sections import LABEL_COLORS, place
 from histogene_nb.tissue import *
+from histogene_nb.tissue import _RNA
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return tmp_path_factory.mktemp('tissue')
@@ -53,12 +55,12 @@ def test_stamp():
     for (y,x),i in zip(points.astype(int), index):
         part = wanted[y-2:y+3, x-2:x+3]
         if min(y, x) >= 2 and max(y, x) < 38: part[:] = np.maximum(part, bank[i])
-    stamp(canvas, bank, points, index)
+    _stamp(canvas, bank, points, index)
     assert (canvas == wanted).all()
 
 def test_nucleus_bank():
     "Pictures of a kind are 24 nuclei in 16 directions; those with a cytoplasm reach further"
-    banks = {k: nucleus_bank(seeded(1), k) for k in NUCLEI.index}
+    banks = {k: _nucleus_bank(seeded(1), k) for k in NUCLEI.index}
     for k,b in banks.items():
         assert b.shape[0] == 384 and b.shape[1] == b.shape[2] and b.shape[1]%2 == 1 and b.dtype == np.float32
         assert 0 <= b.min() and b.max() <= 1.7 and b.max() > .3
@@ -110,7 +112,6 @@ def test_labels(sections, layout, shares):
 
 def test_library(sections, shares):
     "The mean count is near what the patient's library and the tissue lead us to expect."
-    from histogene_nb.tissue import _RNA
     section = sections[0]
     region = window_means(shares, section.obsm['spatial'], 112)
     wanted = (patient_traits('X')['library']*(region @ _RNA).mean()*np.exp(.3**2/2))
