@@ -28,8 +28,11 @@ def tile(section:ad.AnnData, # at spots or super-resolved
     "How large the mark of one place is on a map"
     width = place(section).diameter
     if section.n_obs<2: return width, False
-    pitch = np.median(cKDTree(section.obsm['spatial']).query(section.obsm['spatial'], k=2)[0][:,1])
-    return min(width, pitch), bool(pitch<=width*1.01)
+    xy = section.obsm['spatial']                                                # (n, 2)
+    near = cKDTree(xy).query(xy, k=min(5, len(xy)))[0][:,1:]                    # (n, 4) px away
+    pitch = np.median(near[:,0])
+    if pitch > width*1.01: return width, False
+    return near[near <= 1.25*pitch].max(), True  # centres are whole px, so some steps are a px wider
 
 # %% ../nbs/drawing/plots.ipynb #ce78a046
 def _draw(section, ax, size=1., thumbnail=False, **kw):

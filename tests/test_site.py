@@ -85,6 +85,18 @@ def test_what_is_folded(site):
     shown = {n for _,s in folds for n in s.partition(': ')[2].split(', ') if n}
     assert 'read_her2st' in said and {n for n in shown if not n.startswith('_')} == {n for n in said if not n.startswith('_')}
 
+def test_answers_stand_before_code(site):
+    "A page of results says its answer first: the folded code that the answer needs is on the page, but below it."
+    for path in [p for p in notebooks() if p.parent.name in ('paper', 'judging')]:
+        code = [c['source'] for c in cells(path, 'code')]
+        answer = next((i for i,c in enumerate(code) if re.search(r'^#\| *echo: *false', c, re.M)), None)
+        if answer is None: continue
+        html = (site/page_of(path)).read_text(encoding='utf-8')
+        before, _, after = html[html.index('<main'):].partition('cell-output')
+        assert 'code-fold' not in before and '<pre' not in before, name(path)
+        folds = sum('code-fold: true' in c for c in code[:answer])
+        assert folds and after.count('class="code-fold"') >= folds, name(path)
+
 def test_glossary(site):
     "Words are targets of links, listed on top, in order; each leads to a page; references have addresses."
     text = ''.join(c['source'] + '\n\n' for c in cells(root/'nbs'/'glossary.ipynb', 'markdown'))

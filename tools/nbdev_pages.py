@@ -38,6 +38,19 @@ class tables_last(Processor):
         self.nb.cells[i:i] = tables
 
 
+class answer_first(Processor):
+    "Folded code that stands before the answer of a page of results (`#| echo: false`) goes below it, in front of the next heading"
+    def end(self):
+        cells = self.nb.cells
+        def says(c, what): return c.cell_type == 'code' and re.search(rf'^#\| *{what}', c.source, re.M)
+        answer = next((i for i,c in enumerate(cells) if says(c, 'echo: *false') and 'show_doc(' not in c.source), 0)
+        folds = [c for c in cells[:answer] if says(c, 'code-fold: *true')]
+        rest = [c for c in cells if not any(c is f for f in folds)]
+        after = answer - len(folds)
+        i = next((i for i,c in enumerate(rest) if i > after and c.cell_type == 'markdown' and re.match('## ', c.source)), len(rest))
+        self.nb.cells = rest[:i] + folds + rest[i:]
+
+
 class page_links(Processor):
     "Under the title, the page in Colab, and its notebook to download"
     def end(self):
