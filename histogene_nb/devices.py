@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'default_device', 'device_of', 'device_name', 'precision_on', 'mixed', 'all_digits', 'full_precision',
-           'gradient_scaler', 'has_kernel', 'in_blocks', 'attend', 'memory', 'enough_memory', 'kept_memory',
+           'gradient_scaler', 'has_kernel', 'in_blocks', 'attend', 'memory', 'kept_memory', 'enough_memory',
            'processes', 'add_up', 'add_gradients', 'average_buffers', 'same_weights', 'about_device', 'computes_on',
            'drawn_from']
 
@@ -154,6 +154,17 @@ def memory(
     found = psutil.virtual_memory()
     return found.available, found.total
 
+# %% ../nbs/runs/devices.ipynb #f0e5a34c
+@contextmanager
+def kept_memory():
+    "Within this context freed memory stays with the process (Linux; elsewhere nothing changes)"
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'): yield; return
+    TRIM_THRESHOLD, MMAP_MAX = -1, -4                             # names and defaults of glibc's malloc.h
+    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1); libc.mallopt(MMAP_MAX, 0)
+    try: yield
+    finally: libc.mallopt(TRIM_THRESHOLD, 2**17); libc.mallopt(MMAP_MAX, 65536); libc.malloc_trim(0)
+
 # %% ../nbs/runs/devices.ipynb #b7d60ab4
 # of cards, their libraries, PyTorch on a processor, and NumPy
 _REFUSED = "out of memory|ALLOC_FAILED|Invalid buffer size|can't allocate memory|Unable to allocate"
@@ -173,17 +184,6 @@ def enough_memory(
         raise InputError(f'{what} takes more memory than {device_name(device)} has: '
                          f'{asked[1] if asked else "more"} were asked for, '
                          f'{free/1e9:.1f} of {total/1e9:.1f} GB are free. {advice}') from e
-
-# %% ../nbs/runs/devices.ipynb #f0e5a34c
-@contextmanager
-def kept_memory():
-    "Within this context freed memory stays with the process (Linux; elsewhere nothing changes)"
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'): yield; return
-    TRIM_THRESHOLD, MMAP_MAX = -1, -4                             # names and defaults of glibc's malloc.h
-    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1); libc.mallopt(MMAP_MAX, 0)
-    try: yield
-    finally: libc.mallopt(TRIM_THRESHOLD, 2**17); libc.mallopt(MMAP_MAX, 65536); libc.malloc_trim(0)
 
 # %% ../nbs/runs/devices.ipynb #31db1ecb
 def processes(

@@ -17,14 +17,14 @@ from torch import nn, Tensor
 from scipy.spatial import cKDTree
 from .files import InputError
 from .devices import (all_digits, default_device, device_of, drawn_from, enough_memory,
-                                  full_precision)
+                                  full_precision, kept_memory)
 from .sections import place, section_name
 from .patches import cache_file, extract_patches, read_array, save_array
 from .expression import normalize
 from .interface import SpotModel
 from .model import Block
 from .stnet import load_lite0
-from .training import kept_memory, turn_patches
+from .training import turn_patches
 from .yields import DEAD, array_yields, at_positions, local_yield
 
 # %% ../nbs/models/texture.ipynb #21b68cfc

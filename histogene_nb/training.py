@@ -56,6 +56,7 @@ def same_shape(
                          '(places, genes).')
     return targets
 
+# %% ../nbs/idea/training.ipynb #5e11204a
 def section_loss(
     model:nn.Module, # such as a HisToGene
     example:tuple, # what the model sees of a section, and last its targets
@@ -84,7 +85,7 @@ def one_pass(
     (rank, world), scaler = processes(), scaler or gradient_scaler(device, 'float32')
     order, found = torch.randperm(len(examples)), []
     seeds = torch.randint(2**62, order.shape) if batch > 1 else None
-    scaler.scale(torch.zeros((), device=device))       # begins, also where there is no section at first
+    scaler.scale(torch.zeros((), device=device))       # it begins, also without a section at first
     for step in order.split(batch):
         opt.zero_grad()
         for i in step[rank::world].tolist():           # this process's share
@@ -94,7 +95,8 @@ def one_pass(
             found.append(loss.detach())                # read once an epoch: no waiting for a card
         add_gradients(model)
         scaler.step(opt); scaler.update()
-    add_up(total := torch.tensor(sum(torch.stack(found).tolist()) if found else 0., dtype=torch.float64))
+    total = torch.tensor(sum(torch.stack(found).tolist()) if found else 0., dtype=torch.float64)
+    add_up(total)
     return total.item()/len(examples)
 
 # %% ../nbs/idea/training.ipynb #fa7d1e00
@@ -140,6 +142,13 @@ def _check_agreement(file, losses, precision, world):
         raise InputError(f'{file}: the processes do not find the same checkpoint. '
                          'Give a folder that all of them see.')
 
+def _enough_to_train(device):
+    return enough_memory(device, 'Training',
+                         'Give fewer or smaller sections, a smaller model, or another device.')
+
+def _bar(epochs, losses, show):
+    return tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch', disable=not show)
+
 def _on_card(examples, device):
     "The examples, moved once where a card has room for them"
     size = sum(t.nbytes for e in examples for t in e)
@@ -157,14 +166,14 @@ def _finite(loss, epoch, precision):
 # %% ../nbs/idea/training.ipynb #5d827c40
 def fit(
     model:nn.Module, # trained in place, such as a HisToGene
-    examples:list, # of each section what the model sees and the targets, as `training_example` makes them
+    examples:list, # of each section what the model sees, and the targets (`training_example`)
     epochs:int=100, # passes over all sections (paper: 100)
     lr:float=1e-5, # learning rate (paper: 1e-5)
     seed:int=0, # of the sections' order, dropout and augmentation
     device:str|torch.device|None=None, # chosen unless given
     augment:bool=False, # turn and flip patches at random
-    checkpoint:str|Path|None=None, # file that keeps the state of training; an existing one is continued
-    every:float=60, # seconds between checkpoints, 0 for one each epoch; one is written at the end in any case
+    checkpoint:str|Path|None=None, # file of the training's state; if it exists, training goes on
+    every:float=60, # seconds between checkpoints, 0 for one each epoch; there is one at the end
     batch:int=1, # sections per step (released code: 1); the processes of `torchrun` share them
     progress:bool=True, # show a progress bar
     one_pass=one_pass, # what an epoch does: a function like `one_pass`
@@ -176,28 +185,29 @@ def fit(
     (rank, world), device = processes(device), default_device(device)
     precision = precision_on(device, precision)
     _check_share(batch, world, device)
-    more, file = dict(batch=batch) if batch > 1 else {}, Path(checkpoint) if checkpoint is not None else None
-    with enough_memory(device, 'Training',
-                       'Give fewer or smaller sections, a smaller model, or another device.'):
+    more = dict(batch=batch) if batch > 1 else {}
+    file = Path(checkpoint) if checkpoint is not None else None
+    with _enough_to_train(device):
         model.to(device).train()
-        opt = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ('cpu', 'cuda'))
+        fused = device.type in ('cpu', 'cuda')
+        opt = torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
         scaler = gradient_scaler(device, precision)
-        mark = file and training_mark(examples, dict(model=model.config, lr=lr, seed=seed, augment=augment,
-                                                     **more))
+        mark = file and training_mark(examples, dict(model=model.config, lr=lr, seed=seed,
+                                                     augment=augment, **more))
         losses = _resumed(file, model, opt, scaler, mark, epochs)
         _check_agreement(file, losses, precision, world)
         same_weights(model)
         examples, saved = _on_card(examples, device), time.monotonic()
-        with kept_memory(), tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch',
-                                 disable=not progress or rank > 0) as bar:
+        with kept_memory(), _bar(epochs, losses, progress and rank == 0) as bar:
             while len(losses) < epochs:
                 with drawn_from(seed*1_000_003 + len(losses), device):
-                    loss = one_pass(model, opt, examples, device, augment, precision=precision,
-                                    scaler=scaler, **more)
+                    loss = one_pass(model, opt, examples, device, augment,
+                                    precision=precision, scaler=scaler, **more)
                 average_buffers(model)
                 losses.append(_finite(loss, len(losses) + 1, precision))
                 bar.set_postfix(loss=f'{loss:.3f}'); bar.update()
-                if file and rank == 0 and (time.monotonic() - saved >= every or len(losses) == epochs):
+                due = time.monotonic() - saved >= every or len(losses) == epochs
+                if file and rank == 0 and due:
                     save_checkpoint(file, model, opt, scaler,
                                     dict(losses=losses, fingerprint=mark, precision=precision))
                     saved = time.monotonic()
