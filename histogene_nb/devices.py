@@ -218,13 +218,15 @@ def add_up(
 def add_gradients(
     model:nn.Module, # after `backward` in each process, of its own share of a step
 ):
-    "Replace the gradients by their sums over all processes; none counts as zero, for a process may have had no section"
+    """Replace the gradients by their sums over all processes.
+
+    None counts as zero: a process may have had no section"""
     if processes()[1] == 1: return
     for w in model.parameters(): w.grad = torch.zeros_like(w) if w.grad is None else w.grad
     add_up(*(w.grad for w in model.parameters()))
 
 def average_buffers(
-    model:nn.Module, # the same in every process, but for what batch normalisation saw of its own sections
+    model:nn.Module, # the same everywhere, but for what batch normalisation saw of its own sections
 ):
     "The processes' running means and spreads, averaged, so that all go on with the same model"
     world = processes()[1]

@@ -139,7 +139,7 @@ def position_baseline(
     section:ad.AnnData, # to predict; only its positions are used, never its expression
     bandwidth:float=2., # standard deviation of the Gaussian weights, in array steps
 )->ad.AnnData: # predicted expression (n, panel)
-    "Predict from position on the array alone: a mean of training spots, Gaussian weights of distance"
+    "Predict from position alone: a mean of training spots, Gaussian weights of distance"
     expression = _pool(train)                             # (training spots, genes)
     here,there = _array(section), np.concatenate([_array(t) for t in train])
     d2 = ((here[:,None]-there[None])**2).sum(-1)          # (n, training spots)

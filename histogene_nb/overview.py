@@ -119,25 +119,28 @@ def _box(ax, x, name, shape, sides):
     for back in reversed(range(3 if stack else 1)):
         ax.add_patch(Rectangle((x + .09*back, .09*back - h/2), w, h, fc='#e3eef7', ec=_BLUE, lw=1))
     said = [_numbered(s, n) for s,n in zip(sides, shape, strict=True)]
-    if len(shape) > 1: ax.text(x - .06, 0, said[-2], rotation=90, ha='right', va='center', fontsize=8)
-    if shape: ax.text(x + w/2, -h/2 - .07, said[-1], ha='center', va='top', fontsize=8)
-    if stack: ax.text(x + w/2 + .09, h/2 + .22, ' × '.join(said[:-2]), ha='center', va='bottom', fontsize=8)
+    def say(x, y, text, va, **how): ax.text(x, y, text, va=va, fontsize=8, **how)
+    if len(shape) > 1: say(x - .06, 0, said[-2], 'center', ha='right', rotation=90)
+    if shape: say(x + w/2, -h/2 - .07, said[-1], 'top', ha='center')
+    if stack: say(x + w/2 + .09, h/2 + .22, ' × '.join(said[:-2]), 'bottom', ha='center')
     ax.text(x + w/2, h/2 + (.45 if stack else .12), name, ha='center', va='bottom', fontsize=10)
     return x + w + .18*bool(stack)
 
 # %% ../nbs/drawing/overview.ipynb #a90b9108
 def shapes(
-    *row, # tensors as (name, tensor, names of its sides), and what is done between them: a sign, or words
+    *row, # tensors as (name, tensor, names of its sides); between them a sign, or words over an arrow
 )->plt.Axes: # what it was drawn on
-    "A row of tensors as boxes, with what is done to each to get the next; their sizes are those of the tensors"
+    "A row of tensors as boxes of their sizes, with what is done to each to get the next"
     _,ax = plt.subplots(layout='constrained')
     x = 0
     for step in row:
         if isinstance(step, str):
             sign = len(step) == 1
-            if not sign: ax.annotate('', (x + 1.05, 0), (x + .2, 0), arrowprops=dict(arrowstyle='-|>', color=_INK))
-            ax.text(x + (.22 if sign else .6), 0 if sign else .1, step, ha='center', fontsize=14 if sign else 9,
-                    va='center' if sign else 'bottom', color=_INK)
+            if sign: ax.text(x + .22, 0, step, ha='center', va='center', fontsize=14, color=_INK)
+            else:
+                arrow = dict(arrowstyle='-|>', color=_INK)
+                ax.annotate('', (x + 1.05, 0), (x + .2, 0), arrowprops=arrow)
+                ax.text(x + .6, .1, step, ha='center', va='bottom', fontsize=9, color=_INK)
             x += .5 if sign else 1.15
         else:
             name, tensor, sides = step

@@ -161,7 +161,8 @@ def extract_patches(
     at = place(section)
     at_spots = centres is None
     centres = _checked(section.obsm['spatial'] if at_spots else centres, dict(size=size), at.name)
-    if not 0 < width < np.inf: raise InputError(f'The width of a patch is a number of spot diameters above 0, not {width}.')
+    if not 0 < width < np.inf:
+        raise InputError(f'The width of a patch is a number of spot diameters above 0, not {width}.')
     side = round(width*at.diameter) if np.isfinite(at.diameter) else 0
     if side < 1:
         raise InputError(f'{at.name}: the spot diameter is {at.diameter:g} pixels. '

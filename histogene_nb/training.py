@@ -15,9 +15,9 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .files import InputError
-from .devices import (add_gradients, add_up, average_buffers, default_device, drawn_from,
-                                  enough_memory, gradient_scaler, kept_memory, memory, mixed,
-                                  precision_on, processes, PRECISIONS, same_weights)
+from .devices import (add_gradients, add_up, average_buffers, default_device,
+                                  drawn_from, enough_memory, gradient_scaler, kept_memory,
+                                  memory, mixed, precision_on, processes, PRECISIONS, same_weights)
 from .patches import extract_patches
 from .expression import normalize
 from .position import grid_positions
@@ -31,7 +31,7 @@ def training_example(
     patch_size:int=112, # side of a patch in the tensor
     n_pos:int=64, # rows of the model's position embedding
     cache:str|Path|None=None, # folder that keeps patches
-)->tuple: # patches uint8 (n, 3, patch_size, patch_size), positions long (n, 2), targets float32 (n, genes)
+)->tuple: # patches uint8 (n, 3, h, w), positions long (n, 2), targets float32 (n, genes)
     "What the model sees of a section, and what it is to predict"
     return (extract_patches(section, patch_size, cache=cache), grid_positions(section, n_pos),
             torch.from_numpy(normalize(section, panel, normalization).X))
