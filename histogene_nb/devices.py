@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'LARGE', 'default_device', 'device_of', 'device_name', 'fast_bfloat16', 'precision_on', 'mixed',
            'all_digits', 'full_precision', 'gradient_scaler', 'has_kernel', 'in_blocks', 'attend', 'memory',
-           'enough_memory', 'about_device', 'computes_on', 'drawn_from']
+           'kept_memory', 'enough_memory', 'processes', 'add_up', 'add_gradients', 'average_buffers', 'same_weights',
+           'about_device', 'computes_on', 'drawn_from']
 
 # %% ../nbs/runs/devices.ipynb #ccb47ff1
-import os, platform, re
+import atexit, ctypes, os, platform, re, sys
 from contextlib import contextmanager, nullcontext
-import psutil, torch
+import psutil, torch, torch.distributed as dist
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -165,6 +166,17 @@ def memory(
     found = psutil.virtual_memory()
     return found.available, found.total
 
+# %% ../nbs/runs/devices.ipynb #f0e5a34c
+@contextmanager
+def kept_memory():
+    "Within this context freed memory stays with the process (Linux; elsewhere nothing changes)"
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'): yield; return
+    TRIM_THRESHOLD, MMAP_MAX = -1, -4                             # names and defaults of glibc's malloc.h
+    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1); libc.mallopt(MMAP_MAX, 0)
+    try: yield
+    finally: libc.mallopt(TRIM_THRESHOLD, 2**17); libc.mallopt(MMAP_MAX, 65536); libc.malloc_trim(0)
+
 # %% ../nbs/runs/devices.ipynb #b7d60ab4
 # of cards, their libraries, PyTorch on a processor, and NumPy
 _REFUSED = "out of memory|ALLOC_FAILED|Invalid buffer size|can't allocate memory|Unable to allocate"
@@ -184,6 +196,61 @@ def enough_memory(
         raise InputError(f'{what} takes more memory than {device_name(device)} has: '
                          f'{asked[1] if asked else "more"} were asked for, '
                          f'{free/1e9:.1f} of {total/1e9:.1f} GB are free. {advice}') from e
+
+# %% ../nbs/runs/devices.ipynb #31db1ecb
+def processes(
+    device:str|torch.device|None=None, # that each is to train on: at the first call; chosen unless given
+)->tuple: # this process's number, from 0, and how many there are
+    "The processes of one training, as `torchrun` started them; 0 and 1 without it"
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: return 0, 1          # set by torchrun
+    if not dist.is_initialized():
+        asked, device = device, default_device(device)
+        named = asked is not None and torch.device(asked).index is not None
+        if device.type == 'cuda': torch.cuda.set_device(device)
+        own_card = (device.type == 'cuda' and not named
+                    and torch.cuda.device_count() >= int(os.environ['LOCAL_WORLD_SIZE']))
+        # nccl takes no two processes on one card
+        dist.init_process_group('cpu:gloo,cuda:nccl' if own_card and dist.is_nccl_available() else 'gloo')
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+# %% ../nbs/runs/devices.ipynb #1743cae3
+def add_up(
+    *tensors:Tensor, # of the same shapes in every process
+):
+    "Replace each tensor by its sum over all processes, in place; none goes on before all have arrived"
+    if processes()[1] == 1: return
+    try:
+        for t in tensors: dist.all_reduce(t)
+    except RuntimeError as e:
+        raise InputError('Another process of this training run has ended, and this one ends with it. '
+                         'The message of the other says why; the last checkpoint is good.') from e
+
+# %% ../nbs/runs/devices.ipynb #3e163c50
+def add_gradients(
+    model:nn.Module, # after `backward` in each process, of its own share of a step
+):
+    """Replace the gradients by their sums over all processes.
+
+    None counts as zero: a process may have had no section"""
+    if processes()[1] == 1: return
+    for w in model.parameters(): w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+    add_up(*(w.grad for w in model.parameters()))
+
+def average_buffers(
+    model:nn.Module, # the same everywhere, but for what batch normalisation saw of its own sections
+):
+    "The processes' running means and spreads, averaged, so that all go on with the same model"
+    world = processes()[1]
+    for b in model.buffers() if world > 1 else ():
+        if b.is_floating_point(): add_up(b); b /= world
+
+def same_weights(
+    model:nn.Module, # receives them
+):
+    "Give every process the first one's weights"
+    if processes()[1] == 1: return
+    for w in model.state_dict().values(): dist.broadcast(w, 0)
 
 # %% ../nbs/runs/devices.ipynb #1719b377
 def about_device(

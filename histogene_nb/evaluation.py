@@ -17,6 +17,7 @@ from .files import InputError
 # %% ../nbs/idea/evaluation.ipynb #e13f4295
 def _neg_log10_p(r, n):
     "-log10 of the two-sided p-value of correlations over `n` spots, finite also where p underflows"
+    # where p underflows: ln p = a ln x - ln(a B(a, 1/2)) - ln |r|, the first term of the series
     a,x = (n-2)/2, np.maximum((1-r)*(1+r), np.finfo(float).eps)
     p = betainc(a, .5, x)
     tail = a*np.log(x) - np.log(a) - betaln(a, .5) - np.log(np.maximum(np.abs(r), 1e-300))
@@ -124,23 +125,26 @@ def _pool(train):
 def _array(section): return section.obs[['array_col', 'array_row']].to_numpy(dtype=float)
 
 # %% ../nbs/idea/evaluation.ipynb #2e0154e2
-def mean_baseline(train:list, # training sections, normalised (`normalize`), all with the same panel
-                  section:ad.AnnData, # the section to predict; only its spots are used, never its expression
-                 )->ad.AnnData: # predicted expression (n, panel): the same at every spot
+def mean_baseline(
+    train:list, # training sections, normalised (`normalize`), all with the same panel
+    section:ad.AnnData, # to predict; only its spots are used, never its expression
+)->ad.AnnData: # predicted expression (n, panel): the same at every spot
     "The training mean of each gene, at every spot: the best prediction that is the same everywhere"
     mean = _pool(train).mean(0)                           # (genes,)
     return as_prediction(section, np.tile(mean, (section.n_obs, 1)), train, 'training mean')
 
 # %% ../nbs/idea/evaluation.ipynb #4cbd2b46
-def position_baseline(train:list, # training sections, normalised (`normalize`), all with the same panel
-                      section:ad.AnnData, # to predict; only its positions are used, never its expression
-                      bandwidth:float=2., # standard deviation of the Gaussian weights, in array steps
-                     )->ad.AnnData: # predicted expression (n, panel)
-    "Predict from position on the array alone: the mean of the training spots, Gaussian weights of distance"
+def position_baseline(
+    train:list, # training sections, normalised (`normalize`), all with the same panel
+    section:ad.AnnData, # to predict; only its positions are used, never its expression
+    bandwidth:float=2., # standard deviation of the Gaussian weights, in array steps
+)->ad.AnnData: # predicted expression (n, panel)
+    "Predict from position alone: a mean of training spots, Gaussian weights of distance"
     expression = _pool(train)                             # (training spots, genes)
     here,there = _array(section), np.concatenate([_array(t) for t in train])
     d2 = ((here[:,None]-there[None])**2).sum(-1)          # (n, training spots)
-    return as_prediction(section, softmax(-d2/(2*bandwidth**2), axis=1) @ expression, train, 'position only')
+    weights = softmax(-d2/(2*bandwidth**2), axis=1)       # (n, training spots)
+    return as_prediction(section, weights @ expression, train, 'position only')
 
 # %% ../nbs/idea/evaluation.ipynb #3c9868b5
 def rank_genes(correlations:dict, # section name -> DataFrame from `gene_correlations`

@@ -162,7 +162,7 @@ def begin(self:HisToGene,
 def suited(cls:HisToGene,
     sections:list, # to train on
 )->dict: # n_pos
-    "Positions for the sections' arrays: 64 as in the released code, or the next multiple of it, so that others of their kind fit too"
+    "Positions for the sections' arrays: 64 (released code), or its next multiple"
     last = max([0, *(int(s.obs[['array_col', 'array_row']].to_numpy().max()) for s in sections if len(s))])
     return dict(n_pos=64*(1 + last//64))
 

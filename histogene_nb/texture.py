@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 from .files import InputError
 from .devices import (all_digits, default_device, device_of, drawn_from, enough_memory,
-                                  full_precision)
+                                  full_precision, kept_memory)
 from .sections import place, section_name
 from .images import as_rgb, decoding
 from .patches import (cache_file, cut_patches, extract_patches, read_array, save_array,
@@ -28,7 +28,6 @@ from .expression import normalize
 from .interface import SpotModel
 from .model import Block
 from .stnet import load_lite0
-from .training import kept_memory
 from .yields import DEAD, array_yields, at_positions, local_yield
 
 # %% ../nbs/models/texture.ipynb #21b68cfc

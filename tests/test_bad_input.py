@@ -475,6 +475,8 @@ def test_seeds_of_any_size(made):
 
 def test_nothing_to_train_on(made): refused('There is no section to train on', fit, fresh(made), [])
 
+def test_no_section_a_step(made): refused('batch, the sections a step, is 1 or more', fit, fresh(made), examples(made), batch=0, progress=False)
+
 RUN = """import sys, torch
 from pathlib import Path
 from histogene_nb.readers import read_section

@@ -1,16 +1,19 @@
 "What every device must keep to: exact resume in each precision, heads in float32, checkpoints by time, too little memory said in one line"
-import json
+import json, sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from histogene_nb import training
+from histogene_nb import devices, training
 from histogene_nb.devices import all_digits, attend, gradient_scaler, in_blocks
 from histogene_nb.files import InputError
 from histogene_nb.model import HisToGene
 from histogene_nb.tensors import read_tensors
 from histogene_nb.texture import _ridge
 from histogene_nb.stnet import STNet, spot_batches
-from histogene_nb.training import fit
+from histogene_nb.training import fit, training_example
+from histogene_nb.patches import extract_patches
+from histogene_nb.tissue import synthetic_section
 from histogene_nb.interface import run_model
 
 TINY = dict(n_genes=12, patch_size=16, dim=32, depth=2, heads=4)
@@ -98,11 +101,20 @@ def test_heads_are_float32():
     assert len(np.unique(half[:, 0])) == 40 > 2*len(np.unique(rounded[:, 0]))
     assert 0 < np.abs(half - full).max() < np.abs(rounded - full).max()
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks Linux what a process has in its address space')
+def test_patches_from_the_cache_are_views_of_its_files(tmp_path):
+    "The system loads what is needed and drops the rest when it needs the room"
+    section = synthetic_section(tmp_path, 'X1', px=1200)
+    def mapped(): return str(tmp_path/'cache') in Path('/proc/self/maps').read_text()
+    extract_patches(section, cache=tmp_path/'cache')
+    before, patches = mapped(), training_example(section, list(section.var_names[:5]), cache=tmp_path/'cache')[0]
+    assert not before and mapped() and torch.equal(patches, extract_patches(section))
+
 def test_one_checkpoint_a_minute(tmp_path, monkeypatch):
     "And one at the end; the clock here goes a minute every third epoch"
     written, clock = [], iter(np.repeat(np.arange(0, 6000, 60), 3))
     monkeypatch.setattr(training, 'time', SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(training, '_save_checkpoint', lambda file, model, opt, scaler, state: written.append(len(state['losses'])))
+    monkeypatch.setattr(training, 'save_checkpoint', lambda file, model, opt, scaler, state: written.append(len(state['losses'])))
     fit(fresh(), examples(), epochs=8, lr=1e-3, device='cpu', checkpoint=tmp_path/'c.safetensors', progress=False)
     assert written[-1] == 8 and 2 <= len(written) < 8 and 1 not in written
     written.clear()
@@ -160,11 +172,11 @@ def test_which_process_takes_which_card(monkeypatch, ranks, cards, asked, places
     for name,value in dict(is_available=lambda: True, device_count=lambda: cards, set_device=lambda d: began.append(str(d))).items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, 'empty', lambda *a, **k: None)
     for name,value in dict(is_initialized=lambda: False, is_nccl_available=lambda: True, init_process_group=lambda b: began.append(b), get_rank=lambda: 0, get_world_size=lambda: ranks).items():
-        monkeypatch.setattr(training.dist, name, value)
-    monkeypatch.setattr(training, 'atexit', SimpleNamespace(register=lambda f: None))
+        monkeypatch.setattr(devices.dist, name, value)
+    monkeypatch.setattr(devices, 'atexit', SimpleNamespace(register=lambda f: None))
     for rank,place in enumerate(places):
         monkeypatch.setenv('LOCAL_RANK', str(rank))
         began.clear()
-        training.processes(asked)
+        devices.processes(asked)
         assert began == [p for p in (place, backend) if p], (rank, began)
-    with pytest.raises(InputError, match='no device'): monkeypatch.undo() or training.default_device('gpu')
+    with pytest.raises(InputError, match='no device'): monkeypatch.undo() or devices.default_device('gpu')
