@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'IMAGES', 'PIXELS', 'ARRAY', 'load_table', 'existing_folder', 'folder_name', 'one_file', 'as_numbers',
-           'read_report', 'array_positions', 'read_st']
+           'array_positions', 'read_report', 'read_st']
 
 # %% ../nbs/tissue/tables.ipynb #37076d92
 import gzip, re
@@ -71,43 +71,6 @@ def one_file(
         raise InputError(f'{folder}: the {what} are missing: no file here fits {" or ".join(patterns)}. '
                          'Check the folder.')
 
-# %% ../nbs/tissue/tables.ipynb #8e74bc0e
-def as_numbers(
-    table:pd.DataFrame, # with a row a spot
-    columns:list, # that should hold numbers
-    path:Path, # of the table, for the message
-)->pd.DataFrame: # float, these columns alone; missing where there is nothing
-    "Columns as numbers; `InputError` at the first cell that holds something else"
-    numbers = table[columns].apply(pd.to_numeric, errors='coerce').astype(float)
-    odd = numbers.isna() & table[columns].notna() | np.isinf(numbers)
-    if odd.any(axis=None):
-        i,j = np.argwhere(odd.to_numpy())[0]
-        raise InputError(f'{path}: {columns[j]} of row '
-                         f'{i+1 if isinstance(table.index, pd.RangeIndex) else table.index[i]} is '
-                         f'{table[columns].iloc[i, j]!r}, which is not a number; '
-                         f'{int(odd.sum().sum())} such in all. Put the numbers right.')
-    return numbers
-
-# %% ../nbs/tissue/tables.ipynb #0581403c
-_NOTES = dict(not_in_tissue='with counts but not in tissue, left out',
-              genes_renamed='genes renamed because another has the same symbol',
-              counts_without_position='with counts but without a position, left out',
-              positions_without_counts='with a position but without counts, left out')
-
-def read_report(
-    section:AnnData, # from any reader of your own tissue
-)->str: # one line
-    "What was read, what was left out, and the image that patches will be cut from"
-    at, h = place(section), section.uns['histogene']
-    image = 'the image in the file' if 'hires' in at.images else 'no image'
-    if at.path: image = f'image {Path(at.path).name}'
-    scale = '' if h.get('image_scale', 1.) == 1 else f" at {h['image_scale']:.3g} of full resolution"
-    wide = f'a spot is {at.diameter:.4g} pixels wide'
-    if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
-    where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
-    notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
-    return '; '.join([join_report(section), *where, *notes, image + scale, wide])
-
 # %% ../nbs/tissue/tables.ipynb #3b6a7fe1
 PIXELS = [('pixel_x', 'pixel_y'), ('pxl_col_in_fullres', 'pxl_row_in_fullres'), ('imagecol', 'imagerow'),
           ('x', 'y')]
@@ -132,6 +95,23 @@ def _coordinates(path, columns):
                          f'Name them {" or ".join(" and ".join(p) for p in PIXELS)}, '
                          'or say which they are with columns=dict(pixel_x=..., pixel_y=...).')
     return table, pixels, _pair(table, ARRAY, but=pixels)
+
+# %% ../nbs/tissue/tables.ipynb #8e74bc0e
+def as_numbers(
+    table:pd.DataFrame, # with a row a spot
+    columns:list, # that should hold numbers
+    path:Path, # of the table, for the message
+)->pd.DataFrame: # float, these columns alone; missing where there is nothing
+    "Columns as numbers; `InputError` at the first cell that holds something else"
+    numbers = table[columns].apply(pd.to_numeric, errors='coerce').astype(float)
+    odd = numbers.isna() & table[columns].notna() | np.isinf(numbers)
+    if odd.any(axis=None):
+        i,j = np.argwhere(odd.to_numpy())[0]
+        raise InputError(f'{path}: {columns[j]} of row '
+                         f'{i+1 if isinstance(table.index, pd.RangeIndex) else table.index[i]} is '
+                         f'{table[columns].iloc[i, j]!r}, which is not a number; '
+                         f'{int(odd.sum().sum())} such in all. Put the numbers right.')
+    return numbers
 
 # %% ../nbs/tissue/tables.ipynb #95acced0
 def _match(counts, table, array, path):
@@ -206,6 +186,26 @@ def array_positions(
     found -= found.min(0)
     if k == 6: found[:, 0] += found[0].sum() % 2                               # even columns in even rows
     return found, float(pitch)
+
+# %% ../nbs/tissue/tables.ipynb #0581403c
+_NOTES = dict(not_in_tissue='with counts but not in tissue, left out',
+              genes_renamed='genes renamed because another has the same symbol',
+              counts_without_position='with counts but without a position, left out',
+              positions_without_counts='with a position but without counts, left out')
+
+def read_report(
+    section:AnnData, # from any reader of your own tissue
+)->str: # one line
+    "What was read, what was left out, and the image that patches will be cut from"
+    at, h = place(section), section.uns['histogene']
+    image = 'the image in the file' if 'hires' in at.images else 'no image'
+    if at.path: image = f'image {Path(at.path).name}'
+    scale = '' if h.get('image_scale', 1.) == 1 else f" at {h['image_scale']:.3g} of full resolution"
+    wide = f'a spot is {at.diameter:.4g} pixels wide'
+    if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
+    where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
+    notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
+    return '; '.join([join_report(section), *where, *notes, image + scale, wide])
 
 # %% ../nbs/tissue/tables.ipynb #773372e7
 def _st_files(folder, counts, coordinates, image):
