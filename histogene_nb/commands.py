@@ -14,7 +14,8 @@ from pathlib import Path
 from fastcore import script
 from fastcore.script import call_parse
 from typing import Annotated
-from .files import InputError, data_folder, look_for, model_files, published_sections, whole_file
+from .files import (InputError, data_folder, look_for, model_files, published_sections,
+                                reading, whole_file)
 
 # %% ../nbs/runs/commands.ipynb #4dff0701
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
@@ -278,7 +279,6 @@ def histogene_predict(
 def _read_prediction(path):
     "What `histogene_predict` wrote"
     import anndata as ad
-    from histogene_nb.readers import reading
     with reading(Path(path), 'an .h5ad file'): found = ad.read_h5ad(path)
     if 'predicted_by' not in found.uns.get('histogene', {}): raise InputError(
         f'{path}: this is not a prediction. Give files that histogene_predict wrote; '

@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 import anndata as ad, filelock, h5py, numpy as np, pandas as pd, torch
 import histogene_nb
 from . import evaluation as ev
-from .files import InputError, whole_file
+from .files import InputError, reading, whole_file
 from .devices import about_device, default_device, precision_on
 from .sections import leave_one_out, section_name
 from .expression import SCALES, normalize, select_panel
@@ -26,7 +26,6 @@ from .interface import class_name, model_class, predict
 from .model import HisToGene, attention_maps
 from .patches import extract_patches
 from .position import grid_positions
-from .readers import reading
 from .superres import predict_superres, recover_spots
 
 # %% ../nbs/runs/crossval.ipynb #1b5ee75a

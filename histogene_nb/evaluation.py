@@ -11,8 +11,7 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
 from scipy import sparse
 from scipy.special import betainc, betaln, softmax
-from .readers import reading
-from .files import InputError
+from .files import InputError, reading
 
 # %% ../nbs/idea/evaluation.ipynb #e13f4295
 def _neg_log10_p(r, n):

@@ -18,14 +18,16 @@ from histogene_nb.measures import halve_counts, morans_i, neighbour_graph
 from histogene_nb.model import HisToGene, attention_maps
 from histogene_nb.patches import cut_patches, dense_grid, extract_patches, flatten_patches, in_tissue
 from histogene_nb.position import fit_grid, grid_positions, pixel_positions
-from histogene_nb.readers import array_positions, image_scale, read_section, read_st, read_visium
+from histogene_nb.readers import read_section
 from histogene_nb.files import InputError, whole_file
 from histogene_nb.her2st import read_her2st, write_her2st
 from histogene_nb.images import TiledImage, open_image
 from histogene_nb.sections import check_counts, leave_one_out, new_section, section_name
+from histogene_nb.tables import array_positions, read_st
 from histogene_nb.superres import average_patches, predict_dense, recover_spots
 from histogene_nb.texture import TextureModel
 from histogene_nb.training import turn_patches
+from histogene_nb.visium import image_scale, read_visium
 from histogene_nb.yields import array_yields, at_positions, local_yield
 
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('`n_top_genes`', 'Some cells have zero counts', 'invalid value encountered in log')]       # scanpy, of sections as small as these

@@ -1,14 +1,18 @@
-"Readers beyond their page: Visium HD, every set of pictures, .h5ad files of other programs, SpatialData stores of every shape"
-import json, shutil, sys
+"Readers beyond their pages: what they refuse, Visium HD, every set of pictures, .h5ad files of other programs, SpatialData stores of every shape"
+import gzip, json, shutil, sys
 from pathlib import Path
 import anndata as ad, h5py, numpy as np, pandas as pd, pytest
 from anndata import AnnData
 from PIL import Image
 from scipy import sparse
+from scipy.io import mmwrite
 from histogene_nb.commands import histogene_predict, histogene_train
-from histogene_nb.readers import read_section, read_spatialdata, read_visium
 from histogene_nb.files import InputError
-from histogene_nb.sections import section_name
+from histogene_nb.readers import read_section
+from histogene_nb.sections import place, section_name
+from histogene_nb.spatialdata import read_spatialdata
+from histogene_nb.tables import IMAGES, TABLES, array_positions, load_table, one_file, read_st
+from histogene_nb.visium import image_scale, read_visium, synthetic_visium, write_visium
 
 PX, SIDE = 400, 8                                                             # of the full image, and of the smallest bin: pixels of 1 µm
 GENES = [f'G{i}' for i in range(30)]
@@ -54,6 +58,231 @@ def write_outs(folder, photograph, side=SIDE, kinds=('hires', 'lowres'), parquet
     (folder/'spatial'/'scalefactors_json.json').write_text(json.dumps(factors))
     for k in kinds: Image.fromarray(small(photograph, SMALL[k])).save(folder/'spatial'/f'tissue_{k}_image.png')
     return folder
+
+# --- what is refused: one section as a Visium folder, as tables and as .h5ad, each with one thing changed
+
+POSITIONS, FACTORS = 'spatial/tissue_positions.csv', 'spatial/scalefactors_json.json'
+COUNTS, HIRES = 'filtered_feature_bc_matrix.h5', 'spatial/tissue_hires_image.png'
+NAMED = dict(pixel_x='X', pixel_y='Y')
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "The folder of all, and the section in it"
+    folder = tmp_path_factory.mktemp('made')
+    whole = synthetic_visium(folder)
+    section = whole[whole.obs.in_tissue == 1].copy()
+    photo = place(section).path
+    write_visium(whole, folder/'outs')
+    (folder/'tables').mkdir()
+    section.to_df().T.to_csv(folder/'tables'/'raw_counts.tsv', sep='\t')
+    (x, y), array = section.obsm['spatial'].T, section.obs[['array_row', 'array_col']]
+    array.assign(X=x, Y=y).to_csv(folder/'tables'/'spots.csv')
+    with Image.open(photo) as im:
+        im.crop((0, 0, 1600, 1500)).save(folder/'cropped.png')
+        im.resize((1000, 1000)).save(folder/'smaller.png')
+    (folder/'empty.csv').touch()
+    return folder, read_visium(folder/'outs', 'H1', photo, verbose=False)
+
+def changed(made, tmp_path, kind, path, edit):
+    "A copy of a folder in which the text of one file is edited, its content another, or the file gone"
+    copy = Path(shutil.copytree(made[0]/kind, tmp_path/'copy'))
+    file = copy/path
+    if callable(edit): file.write_text(edit(file.read_text()))
+    elif edit is None: file.unlink()
+    else: file.write_bytes(edit if isinstance(edit, bytes) else file.read_bytes()[:edit])
+    return copy
+
+def replace(*words):
+    "An edit: each word in a text by the next"
+    def edit(text):
+        for a,b in words: text = text.replace(a, b)
+        return text
+    return edit
+
+def last_twice(text): return text + text.splitlines()[-1]
+
+@pytest.mark.parametrize('path,edit,match,options', [
+    (POSITIONS, replace(('array_row', 'row')), 'no column array_row among barcode, in_tissue, row', {}),
+    (POSITIONS, replace(('-1,', ',')), 'none of the 174 spots with counts, such as SPOT000-1', {}),
+    (POSITIONS, last_twice, 'spot SPOT223-1 occurs twice', {}),
+    (POSITIONS, replace((',100.0', ',here')), "pxl_col_in_fullres of row 1 is 'here'", {}),
+    (POSITIONS, replace(('SPOT000-1,1,0', 'SPOT000-1,1,')), 'spot SPOT000-1 has no whole array_row', {}),
+    (POSITIONS, lambda t: t.splitlines()[0], 'it holds no spots', {}),
+    (POSITIONS, None, 'the positions are missing', {}),
+    (FACTORS, lambda t: t[:20], 'cannot be read as JSON', {}),
+    (FACTORS, replace(('55.0', '-1')), 'spot_diameter_fullres is -1.0', {}),
+    (FACTORS, replace(('0.5', '1.5')), 'H1: spot .* is outside the image tissue_hires', dict(name='H1')),
+    (POSITIONS, str, 'cropped.png: .* does not have the shape', dict(image='cropped.png')),
+    (POSITIONS, str, 'empty.csv: cannot be read as an image', dict(image='empty.csv')),
+    (COUNTS, None, 'the counts are missing: neither', {}),
+    (COUNTS, 9000, "cannot be read as spaceranger's counts .*truncated", {}),
+    (HIRES, b'no image', 'tissue_hires_image.png: cannot be read as an image', {})])
+def test_visium_refused(made, tmp_path, path, edit, match, options):
+    if 'image' in options: options = dict(options, image=made[0]/options['image'])
+    refused(match, read_visium, changed(made, tmp_path, 'outs', path, edit), **options)
+
+def test_visium_counts_astray(made, tmp_path):
+    copy = changed(made, tmp_path, 'outs', POSITIONS, str)
+    with h5py.File(copy/COUNTS, 'a') as f: f['matrix/indices'][5] = 10**6
+    refused('its sparse matrix is damaged', read_visium, copy)
+
+def test_visium_left_out(made, tmp_path, capsys):
+    "A spot that is not in tissue, one without a position, genes of one name"
+    edits = dict(off=('SPOT000-1,1', 'SPOT000-1,0'), gone=('SPOT000-1', 'X'))
+    off, gone = (read_visium(changed(made, tmp_path/name, 'outs', POSITIONS, replace(words)))
+                 for name,words in edits.items())
+    assert off.n_obs == gone.n_obs == made[1].n_obs - 1
+    assert off.uns['histogene']['not_in_tissue'] == gone.uns['histogene']['counts_without_position'] == 1
+    assert '1 with counts but not in tissue, left out' in capsys.readouterr().out
+    names = [*made[1].var_names[:-1], made[1].var_names[0]]
+    twice = made[1].copy()
+    twice.var_names, twice.var['gene_ids'] = names, [f'ENSG{i}' for i in range(len(names))]
+    s = read_visium(write_visium(twice, tmp_path/'twice'))
+    assert s.uns['histogene']['genes_renamed'] == 1 and s.var_names[-1] == f'{names[0]}-1'
+    assert list(s.var.gene_ids) == list(twice.var.gene_ids)
+
+def as_old(made, copy):
+    "The folder as spaceranger wrote it before version 2: counts as three files, positions without a header"
+    shutil.copytree(made[0]/'outs', copy)
+    table = pd.read_csv(copy/POSITIONS)
+    table.to_csv(copy/'spatial'/'tissue_positions_list.csv', header=False, index=False)
+    (copy/POSITIONS).unlink()
+    (copy/COUNTS).unlink()
+    (matrix := copy/'filtered_feature_bc_matrix').mkdir()
+    genes, spots, counts = made[1].var_names, made[1].obs_names, made[1].X.T.astype(int)
+    with gzip.open(matrix/'matrix.mtx.gz', 'wb') as f: mmwrite(f, sparse.coo_matrix(counts))
+    features = ''.join(f'ENSG{i}\t{g}\tGene Expression\n' for i,g in enumerate(genes))
+    (matrix/'features.tsv.gz').write_bytes(gzip.compress(features.encode()))
+    (matrix/'barcodes.tsv.gz').write_bytes(gzip.compress(''.join(f'{s}\n' for s in spots).encode()))
+    return copy
+
+def test_old_visium(made, tmp_path):
+    old, new = read_section(as_old(made, tmp_path/'old'/'outs')), read_section(made[0]/'outs')
+    assert section_name(old) == 'old' and old.to_df().equals(new.to_df()) and old.obs.equals(new.obs)
+    assert np.array_equal(old.obsm['spatial'], new.obsm['spatial'])
+
+def test_write_visium_needs_an_image(made, tmp_path):
+    section = made[1].copy()
+    section.uns['spatial']['H1']['metadata'].clear()
+    refused('H1: this layout has pictures', write_visium, section, tmp_path/'outs')
+
+def test_image_scale_refused(made):
+    refused('neither turned nor cropped', image_scale, made[0]/'cropped.png', (200, 200), .125)
+
+def test_files_of_a_folder(made, tmp_path):
+    for name in ('a.csv', 'b.tsv.gz', 'c.txt'): (tmp_path/name).touch()
+    assert one_file(tmp_path, 'coordinates', TABLES, '*position*', '*.txt').name == 'c.txt'
+    assert one_file(tmp_path, 'image', IMAGES, '*', needed=False) is None
+    refused(r'the coordinates are missing: no file here fits \*position\*', one_file,
+            tmp_path, 'coordinates', TABLES, '*position*')
+    refused('3 files could be the coordinates: a.csv, b.tsv.gz, c.txt', one_file,
+            tmp_path, 'coordinates', TABLES, '*')
+
+def test_tables_that_cannot_be_read(made, tmp_path):
+    whole = gzip.compress(b'a\tb\n1\t2\n'*1000)
+    (tmp_path/'cut.csv.gz').write_bytes(whole[:40])
+    refused('cut.csv.gz: cannot be read as a table', load_table, tmp_path/'cut.csv.gz')
+    refused('empty.csv: cannot be read as a table', load_table, made[0]/'empty.csv')
+    refused('none.csv: there is no such file', load_table, tmp_path/'none.csv')
+
+ARRAYS = (('array_row,array_col', 'y,x'),)
+
+def first_zero(to):
+    "An edit: the first count of zero of the first gene is something else"
+    def edit(text):
+        head, line, rest = text.split('\n', 2)
+        return '\n'.join([head, line.replace('\t0.0', f'\t{to}', 1), rest])
+    return edit
+
+@pytest.mark.parametrize('path,edit,match,options', [
+    ('spots.csv', str, 'no columns of pixels among Unnamed: 0, array_row, array_col, X, Y', dict(columns=None)),
+    ('spots.csv', replace(('SPOT', 'spot')), 'none of its spots is in the counts', {}),
+    ('spots.csv', replace(('SPOT000-1,0,0,', 'SPOT000-1,0,0.5,')), 'whole numbers, but one is 0.5', {}),
+    ('spots.csv', replace(('SPOT000-1,0,0,', 'SPOT000-1,0,here,')), "array_col of row 1 is 'here'", {}),
+    ('spots.csv', replace(*ARRAYS), 'by x and y spots lie 1.41 pixels apart', dict(columns=None)),
+    ('spots.csv', lambda t: t.splitlines()[0] + '\nSPOT000-1,0,0,,\n', 'no spot has a position', {}),
+    ('raw_counts.tsv', first_zero('0.5'), r'H1: the count of gene ERBB2 .* is fractional \(0.5\); 1 such', {}),
+    ('raw_counts.tsv', first_zero('-1'), 'H1: the count of gene ERBB2 .* is negative', {}),
+    ('raw_counts.tsv', first_zero('many'), "of row ERBB2 is 'many', which is not a number", {}),
+    ('raw_counts.tsv', lambda t: '', 'raw_counts.tsv: cannot be read as a table', {}),
+    ('raw_counts.tsv', lambda t: t.splitlines()[0], '0 rows and 175 columns', {}),
+    ('raw_counts.tsv', str, 'counts.csv: there is no such file', dict(counts='counts.csv')),
+    ('spots.csv', str, 'empty.csv: cannot be read as an image', dict(image='empty.csv')),
+    ('spots.csv', str, 'none.tif: there is no such image', dict(image='none.tif')),
+    ('spots.csv', str, 'outside the image smaller.png of 1000 x 1000', dict(image='smaller.png')),
+    ('spots.csv', str, 'the spot diameter is a number of pixels above 0, not 0', dict(spot_diameter=0)),
+    ('spots.csv', str, "no column 'Z' among Unnamed: 0", dict(columns=NAMED | dict(pixel_x='Z'))),
+    ('spots.csv', str, "not 'patient'", dict(columns=NAMED | dict(patient='X')))])
+def test_tables_refused(made, tmp_path, path, edit, match, options):
+    options = dict(image='X1.jpg', columns=NAMED, name='H1') | options
+    options['image'] = made[0]/options['image']
+    refused(match, read_st, changed(made, tmp_path, 'tables', path, edit), **options)
+
+def test_no_grid(made):
+    scattered = np.random.default_rng(0).uniform(0, 1000, (300, 2))
+    refused('The 300 spots are not on one square or hexagonal grid', array_positions, scattered)
+    refused('The 2 spots are not', array_positions, made[1].obsm['spatial'][:2])
+
+def spatial(s): return s.uns['spatial']['H1']
+
+def factors(s, **new): spatial(s)['scalefactors'].update(new)
+
+H5AD = dict(
+    no_spatial=(lambda s: s.obsm.pop('spatial'), r"obsm\['spatial'\] is missing"),
+    no_column=(lambda s: s.obs.pop('array_col'), r"obs\['array_col'\] is missing.*array_positions"),
+    half_column=(lambda s: s.obs.__setitem__('array_col', s.obs.array_col + .5), 'other than whole numbers'),
+    halved=(lambda s: setattr(s, 'X', s.X/2), r'gene ERBB2 at spot SPOT000-1 is fractional \(7.5\)'),
+    outside=(lambda s: s.obsm.update(spatial=s.obsm['spatial']*2), 'is outside the image X1.jpg'),
+    one_place=(lambda s: s.obs.update(dict(array_col=s.obs.array_col*0)), 'array position 0x0 occurs twice'),
+    no_file=(lambda s: spatial(s)['metadata'].update(source_image_path='gone.tif'), 'there is no such image'),
+    two_names=(lambda s: s.uns['spatial'].update(H2=spatial(s)), r"this AnnData has 2: \['H1', 'H2'\]"),
+    text=(lambda s: s.uns['spatial'].update(H1='text'), r"\['H1'\] does not hold images"),
+    no_factors=(lambda s: spatial(s).pop('scalefactors'), 'spot_diameter_fullres.* is missing'),
+    no_width=(lambda s: factors(s, spot_diameter_fullres=0.), 'a spot diameter of 0.0 pixels'))
+
+@pytest.mark.parametrize('case', H5AD)
+def test_h5ad_refused(made, tmp_path, case):
+    wrong, (edit, match) = made[1].copy(), H5AD[case]
+    edit(wrong)
+    wrong.write_h5ad(tmp_path/'wrong.h5ad')
+    refused(f'wrong.h5ad: .*{match}', read_section, tmp_path/'wrong.h5ad')
+
+def test_h5ad_picture_refused(made, tmp_path):
+    "An embedded picture of another scale or with other values; an image that is none; a file cut short"
+    wrong, hires = made[1].copy(), np.asarray(Image.open(made[0]/'outs'/HIRES))
+    spatial(wrong).update(images=dict(hires=hires), metadata={})
+    factors(wrong, tissue_hires_scalef=2.5)
+    wrong.write_h5ad(tmp_path/'wrong.h5ad')
+    refused('H1: spot SPOT003-1 is outside the embedded image; 166 such', read_section, tmp_path/'wrong.h5ad')
+    refused('empty.csv: cannot be read as an image', read_section, tmp_path/'wrong.h5ad', made[0]/'empty.csv')
+    spatial(wrong)['images']['hires'] = hires.astype('uint16') + 3000
+    wrong.write_h5ad(tmp_path/'wrong.h5ad')
+    refused('the embedded image holds values from 3', read_section, tmp_path/'wrong.h5ad')
+    (tmp_path/'cut.h5ad').write_bytes((tmp_path/'wrong.h5ad').read_bytes()[:5000])
+    refused('cut.h5ad: cannot be read as an .h5ad file', read_section, tmp_path/'cut.h5ad')
+
+def test_paths_refused(made, tmp_path):
+    refused('none.h5ad: there is no such file', read_section, tmp_path/'none.h5ad')
+    refused('give the folder that this file is in', read_section, made[0]/'tables'/'spots.csv')
+    refused('nowhere: there is no such folder', read_section, tmp_path/'nowhere')
+    refused('the counts are missing: no file here fits', read_section, made[0]/'outs'/'spatial')
+    refused('nowhere: there is no such folder', read_visium, tmp_path/'nowhere')
+    refused('spatial: there is no such folder', read_visium, made[0]/'outs'/'spatial')
+
+def test_damaged_old_visium(made, tmp_path):
+    "As on the page of all formats: a file at random with a fault at random is refused, or read"
+    old, rng, came = as_old(made, tmp_path/'old'), np.random.default_rng(0), []
+    files = sorted(f.relative_to(old) for f in old.rglob('*') if f.is_file())
+    for n in range(25):
+        copy = Path(shutil.copytree(old, tmp_path/f'{n}'))
+        file = copy/files[rng.integers(len(files))]
+        data, (i,j) = file.read_bytes(), np.sort(rng.integers(file.stat().st_size, size=2))
+        faults = [data[:i], data[:i] + data[j:], data[:i] + rng.bytes(20) + data[i+20:]]
+        file.write_bytes(faults[rng.integers(3)])
+        try: read_section(copy, image=made[0]/'X1.jpg', verbose=False)
+        except InputError: came.append('refused')
+        else: came.append('read')
+    assert came.count('refused') > 3
 
 # --- Visium HD
 
