@@ -2,7 +2,10 @@
 import json, os, re, shutil, subprocess, sys, tempfile, threading
 import filelock, numpy as np, pandas as pd, psutil, pytest
 from functools import partial
-from histogene_nb.crossval import baselines, correlations, cross_validate, fold_names, histogene, read_tables, seconds_left, tables_made, write_tables
+from histogene_nb.crossval import cross_validate, seconds_left
+from histogene_nb.fold_tables import correlations, read_tables, tables_made, write_tables
+from histogene_nb.folds import fold_names
+from histogene_nb.methods import baselines, histogene
 from histogene_nb.files import InputError
 from histogene_nb.tissue import synthetic_section
 from conftest import root
