@@ -15,7 +15,10 @@ from pathlib import Path
 import pandas as pd
 import histogene_nb
 from histogene_nb.commands import reader
-from histogene_nb.crossval import baselines, cross_validate, finished_folds, fold_name, histogene, mean_measures, provenance, ridges, spot_model, texture
+from histogene_nb.crossval import cross_validate
+from histogene_nb.fold_tables import mean_measures
+from histogene_nb.folds import finished_folds, fold_name, provenance
+from histogene_nb.methods import baselines, histogene, ridges, spot_model, texture_model
 from histogene_nb.expression import read_panel
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import her2st_catalogue, read_her2st
@@ -25,7 +28,7 @@ results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 slow = {'HisToGene': histogene, 'ST-Net': partial(spot_model, kind='ST-Net', backbone='efficientnet_lite0', patch_size=112)}
 own = {'small CNN': SmallCNN}        # its settings were chosen before any of these sections was looked at
-once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture, use_array=False, members=0), 'texture without transformers': partial(texture, members=0)}
+once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture_model, use_array=False, members=0), 'texture without transformers': partial(texture_model, members=0)}
 
 @cache
 def counts():
@@ -35,9 +38,9 @@ def counts():
 
 def more_counts(*args, **options):
     "The texture model, its array taught by those sections' counts too, the tested patient's left out"
-    return texture(*args, array_from=counts(), **options)
+    return texture_model(*args, array_from=counts(), **options)
 
-fast = {'texture': texture, 'texture, array from more counts': more_counts, 'texture without array': partial(texture, use_array=False), 'texture, one transformer': partial(texture, members=1)}
+fast = {'texture': texture_model, 'texture, array from more counts': more_counts, 'texture without array': partial(texture_model, use_array=False), 'texture, one transformer': partial(texture_model, members=1)}
 
 def write_table(table, name, keys):
     "Into the package's table, in place of its rows with the same keys"

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import histogene_nb
 from histogene_nb.commands import reader
-from histogene_nb.crossval import baselines, fold_name, provenance, ridges, run_fold, texture
+from histogene_nb.folds import Fold, fold_name, provenance, run_fold
+from histogene_nb.methods import baselines, ridges, texture_model
 from histogene_nb.evaluation import gene_correlations, position_baseline
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel
 from histogene_nb.files import data_folder
@@ -22,12 +23,12 @@ from histogene_nb.sections import leave_one_out
 
 results = Path(histogene_nb.__file__).parent/'results'/'leakage'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
-methods = {'baselines': baselines, 'ridge': ridges, 'texture without array': partial(texture, use_array=False, label='texture without array')}
+methods = {'baselines': baselines, 'ridge': ridges, 'texture without array': partial(texture_model, use_array=False, label='texture without array')}
 command = 'experiments/leakage.py'
 
 def fold(method, read, training, test, out, panel, cache):
     "Scores of one fold (a row per method, section and gene), those without r left out"
-    found = run_fold(method, methods[method], read, training, test, out, panel, cache=cache, command=command)
+    found = run_fold(Fold(method, training, test), methods[method], read, out, panel, cache=cache, command=command)
     print(f"{out.name}: {'+'.join(training)} -> {fold_name(test)}, {method}: {found['n_genes']} genes, {found['seconds']:.0f} s", flush=True)
     scores = pd.read_csv(out/f'{method}-{fold_name(test)}-seed0'/'scores.csv')
     return scores.dropna(subset='r').assign(training='+'.join(training), n_training_spots=found['n_training_spots'])

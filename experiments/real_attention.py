@@ -8,7 +8,7 @@ import json, time
 from pathlib import Path
 import numpy as np, torch
 import histogene_nb
-from histogene_nb.crossval import provenance
+from histogene_nb.folds import provenance
 from histogene_nb.evaluation import gene_correlations
 from histogene_nb.expression import normalize, read_panel
 from histogene_nb.model import attention_maps, HisToGene

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import histogene_nb
-from histogene_nb.crossval import write_h5ad
+from histogene_nb.folds import write_h5ad
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import read_her2st
 from histogene_nb.sections import new_section

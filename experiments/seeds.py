@@ -6,7 +6,8 @@ import json, sys, tempfile, time
 from pathlib import Path
 import pandas as pd
 from histogene_nb.commands import histogene_reproduce
-from histogene_nb.crossval import correlations, provenance, read_tables
+from histogene_nb.fold_tables import correlations, read_tables
+from histogene_nb.folds import provenance
 from histogene_nb.files import whole_file
 
 SEEDS = 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 import histogene_nb
-from histogene_nb.crossval import provenance
+from histogene_nb.folds import provenance
 from histogene_nb.evaluation import gene_correlations, position_baseline
 from histogene_nb.expression import normalize, read_panel, select_panel
 from histogene_nb.measures import noise_ceiling

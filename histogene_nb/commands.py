@@ -170,7 +170,7 @@ def histogene_train(
                          'Choose another with --out.') from e
     from histogene_nb.readers import read_section
     data = [read_section(s, root=root) for s in sections]
-    from histogene_nb.crossval import provenance
+    from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.interface import model_class, save_pretrained
     from histogene_nb.devices import default_device, device_name, precision_on
@@ -228,7 +228,7 @@ def histogene_predict(
     from histogene_nb.sections import add_hires, section_name
     measured, mpp = (read_section(section, root=root), None) if image is None else (None, image_mpp(image))
     from histogene_nb import evaluation as ev
-    from histogene_nb.crossval import provenance, write_h5ad
+    from histogene_nb.folds import provenance, write_h5ad
     from histogene_nb.expression import normalize
     from histogene_nb.interface import from_pretrained, predict
     from histogene_nb.position import another_array, array_steps, fit_grid
@@ -363,7 +363,7 @@ def histogene_demo(
     import pandas as pd
     from tqdm.auto import tqdm
     from histogene_nb import evaluation as ev
-    from histogene_nb.crossval import provenance, write_h5ad
+    from histogene_nb.folds import provenance, write_h5ad
     from histogene_nb.expression import normalize, select_panel
     from histogene_nb.interface import predict, save_pretrained
     from histogene_nb.model import HisToGene
@@ -529,8 +529,9 @@ def histogene_reproduce(
     start, out, synthetic = time.perf_counter(), Path(out), list(sections or ()) == ['synthetic']
     command = _command('histogene_reproduce', *(sections or ()))
     read, catalogue = reader(sections, root, out/'tissue')
-    from histogene_nb.crossval import (baselines, cross_validate, duration, histogene, ridges, spot_model,
-                                       tables_made, texture, write_tables)
+    from histogene_nb.crossval import cross_validate, duration
+    from histogene_nb.fold_tables import tables_made, write_tables
+    from histogene_nb.methods import baselines, histogene, ridges, spot_model, texture_model
     from histogene_nb.interface import model_class
     from histogene_nb.expression import read_panel
     from histogene_nb.tissue import GENES
@@ -540,7 +541,8 @@ def histogene_reproduce(
     stnet_as = {**(dict(epochs=4, lr=1e-3, patch_size=48) if synthetic else dict(epochs=10, patch_size=224)),
                 **given(epochs=stnet_epochs, patch_size=stnet_px, precision=precision), 'backbone': backbone}
     every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as),
-             'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as), 'ridge': ridges, 'texture': texture}
+             'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as), 'ridge': ridges,
+             'texture': texture_model}
     chosen = list(every)[:3] if methods == 'all' else [m.strip() for m in methods.split(',')]
     for m in chosen:
         if ':' in m: every[m] = model_class(m)

@@ -2,7 +2,7 @@
 import anndata as ad, numpy as np, pytest
 from PIL import Image
 from histogene_nb.commands import histogene_plot, histogene_predict, histogene_train
-from histogene_nb.crossval import write_h5ad
+from histogene_nb.folds import write_h5ad
 from histogene_nb.interface import from_pretrained, save_pretrained, predict
 from histogene_nb.position import array_steps, fit_grid, grid_positions, spot_positions
 from histogene_nb.files import InputError

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import forks
 from conftest import wait_for
 from histogene_nb.commands import histogene_predict, histogene_train
-from histogene_nb.crossval import write_h5ad
+from histogene_nb.folds import write_h5ad
 from histogene_nb.cscc import read_cscc
 from histogene_nb.report import html_report
 from histogene_nb.expression import common_genes, normalize, read_panel, select_panel, variable_genes
@@ -648,7 +648,7 @@ def test_model_is_still_itself_after_a_failed_save(made, other_model, saved, mon
 def test_limit_on_the_size_of_files(made, tmp_path):
     "What a quota does: the write itself fails, in another process"
     resource = pytest.importorskip('resource')
-    code = ('import sys, resource, signal; from histogene_nb.crossval import write_h5ad; from histogene_nb.readers import read_section; from histogene_nb.interface import *; from histogene_nb.sections import InputError\n'
+    code = ('import sys, resource, signal; from histogene_nb.folds import write_h5ad; from histogene_nb.readers import read_section; from histogene_nb.interface import *; from histogene_nb.sections import InputError\n'
             'section, model = read_section(sys.argv[1]), from_pretrained(sys.argv[2])\n'
             'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n'
             'for save in (lambda: save_pretrained(model, sys.argv[3]), lambda: write_h5ad(section, sys.argv[3] + "/s.h5ad")):\n'

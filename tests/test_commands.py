@@ -6,7 +6,7 @@ import forks
 from conftest import needs_images, wait_for
 from safetensors.torch import load_file
 from histogene_nb.commands import histogene_download, histogene_predict, histogene_train
-from histogene_nb.crossval import write_h5ad
+from histogene_nb.folds import write_h5ad
 from histogene_nb.interface import from_pretrained
 from histogene_nb.readers import read_section
 from histogene_nb.files import InputError

@@ -2,7 +2,10 @@
 import json, os, re, shutil, subprocess, sys, tempfile, threading
 import filelock, numpy as np, pandas as pd, psutil, pytest
 from functools import partial
-from histogene_nb.crossval import baselines, correlations, cross_validate, fold_names, histogene, read_tables, seconds_left, tables_made, write_tables
+from histogene_nb.crossval import cross_validate, seconds_left
+from histogene_nb.fold_tables import correlations, read_tables, tables_made, write_tables
+from histogene_nb.folds import Fold, fold_names, read_fold, read_prediction, read_scores, run_fold
+from histogene_nb.methods import as_method, baselines, histogene, spot_model
 from histogene_nb.files import InputError
 from histogene_nb.tissue import synthetic_section
 from conftest import root
@@ -180,3 +183,25 @@ def test_tables_of_a_run_without_folds(tmp_path):
 
 def test_patient_folds_share_names():
     assert fold_names(dict(B4='B', C2='C', C3='C'), 'patient') == ['B4', 'C2+C3'] and fold_names(dict(B4='B', C2='C'), 'section') == ['B4', 'C2']
+
+def test_methods_are_checked_before_a_run():
+    "What is no method, a setting that the model does not have, an argument that no fold takes"
+    with pytest.raises(InputError, match='Method mine: give a class of a model or a function, not 3'): as_method('mine', 3)
+    with pytest.raises(InputError, match='HisToGene has no setting epoch; it has .*epochs'): as_method('mine', partial(spot_model, epoch=3))
+    assert as_method('mine', baselines) is baselines
+    with pytest.raises(TypeError, match='epochs'): cross_validate(None, CATALOGUE, {}, 'run', epochs=3)
+
+def test_a_damaged_fold_is_named(tissue, tmp_path):
+    "Its facts, its scores and its predictions"
+    fold = Fold('baselines', ['X1', 'X2'], ['Y1'])
+    run_fold(fold, baselines, tissue[1].__getitem__, tmp_path, panel=RULE)
+    folder = tmp_path/fold.folder
+    prediction = next(folder.glob('*.h5ad'))
+    with pytest.raises(InputError, match='belongs to another section'): read_prediction(prediction, 'X1')
+    scores = (folder/'scores.csv').read_text()
+    (folder/'scores.csv').write_text(scores + scores.splitlines()[1])
+    with pytest.raises(InputError, match='a gene occurs twice.*Delete the folder baselines-Y1-seed0'): read_scores(folder)
+    about = (folder/'fold.json').read_text()
+    for old,new,said in (('"paper"', '"other"', 'numbers are impossible'), ('"seed": 0', '"seed": 1', 'another fold'), ('"genes"', '"names"', "KeyError: 'genes'")):
+        (folder/'fold.json').write_text(about.replace(old, new, 1))
+        with pytest.raises(InputError, match=said): read_fold(folder)

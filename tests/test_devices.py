@@ -8,7 +8,7 @@ from conftest import exports, name, notebooks, root
 from pretend import Pretended
 from torch import nn
 from torch.nn import functional as F
-from histogene_nb.crossval import write_h5ad
+from histogene_nb.folds import write_h5ad
 from histogene_nb.tissue import synthetic_section
 
 KINDS = ('cuda', 'mps')

@@ -1,7 +1,7 @@
 "Several sections a step, several processes, one of them killed; and random numbers stay as they were. That two processes do what one does is seen in runs/commands"
 import json, subprocess, sys
 import psutil, pytest, torch
-from histogene_nb.crossval import write_h5ad
+from histogene_nb.folds import write_h5ad
 from histogene_nb.model import HisToGene
 from histogene_nb.interface import from_pretrained
 from histogene_nb.tensors import read_tensors

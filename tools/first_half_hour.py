@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 import histogene_nb
 import benchmark
-from histogene_nb.crossval import provenance
+from histogene_nb.folds import provenance
 from histogene_nb.devices import (PRECISIONS, default_device, device_name, gradient_scaler, in_blocks,
                                   memory, precision_on)
 from histogene_nb.files import InputError, whole_file

@@ -20,7 +20,8 @@ from scipy import sparse
 from scipy.io import mmwrite
 import histogene_nb
 from histogene_nb.commands import histogene_predict, histogene_reproduce, histogene_train
-from histogene_nb.crossval import provenance, read_tables, write_h5ad
+from histogene_nb.fold_tables import read_tables
+from histogene_nb.folds import provenance, write_h5ad
 from histogene_nb.cscc import read_cscc, write_cscc
 from histogene_nb.evaluation import enrich_pathways
 from histogene_nb.expression import read_panel

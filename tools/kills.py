@@ -16,7 +16,10 @@ import anndata as ad, numpy as np, pandas as pd
 import histogene_nb
 from forks import context
 from histogene_nb.commands import histogene_predict, histogene_train, reader
-from histogene_nb.crossval import baselines, cross_validate, histogene, provenance, write_h5ad, write_tables
+from histogene_nb.crossval import cross_validate
+from histogene_nb.fold_tables import write_tables
+from histogene_nb.folds import provenance, write_h5ad
+from histogene_nb.methods import baselines, histogene
 from histogene_nb.expression import read_panel, select_panel
 from histogene_nb.tensors import read_tensors
 from histogene_nb.her2st import download_her2st, git_blob_sha1, write_her2st
