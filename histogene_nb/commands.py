@@ -174,7 +174,7 @@ def histogene_train(
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.interface import model_class, save_pretrained
     from histogene_nb.devices import default_device, device_name, precision_on
-    from histogene_nb.training import processes
+    from histogene_nb.devices import processes
     rank, world = processes(device)  # before the first use of a card
     chosen = default_device(device)
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
@@ -261,7 +261,7 @@ def histogene_predict(
         add_hires(predicted)  # scanpy's pl.spatial wants one
     predicted.uns['histogene']['command'] = command
     from histogene_nb.devices import default_device, precision_on
-    computed = precision_on(default_device(device), precision) if net.rounds else 'float32'
+    computed = precision_on(default_device(device), precision, net) if net.rounds else 'float32'
     trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'),
                    trained_by=net.about.get('provenance'))
     more = dict(precision=computed, **trained, section=str(section or image), superres=superres)

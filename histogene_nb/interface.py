@@ -13,26 +13,24 @@ from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
 from anndata import AnnData
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .files import InputError, model_files, whole_file
-from .devices import default_device, drawn_from, enough_memory, mixed, precision_on
+from .devices import (add_up, default_device, drawn_from, enough_memory, mixed,
+                                  precision_on, processes)
 from .sections import place, section_name
 from .expression import SCALES, normalize
 from .position import fit_grid
 from .tensors import load_tensors, read_tensors, save_tensors
-from .training import add_up, fit, processes
+from .training import fit
 
 # %% ../nbs/models/interface.ipynb #e85c36c9
-def _takes(function):
-    "Parameters of a function by name, with their defaults"
-    return {k: p for k,p in inspect.signature(function).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
 class SpotModel(nn.Module):
-    "Whatever predicts the expression of places on tissue from an image: everything else is written against this"
-    name = 'SpotModel'                                  # what its predictions are called; the class's own name unless it has one
-    rounds = True                                       # whether its layers may compute in less than float32
-    alone = False                                       # whether each place is predicted on its own, whatever lies around it
-    usual = {}                                          # settings of its training, unless others are given: epochs, lr, ...
+    "Whatever predicts the expression of places on tissue from an image"
+    name = 'SpotModel' # what its predictions are called; the class's own name unless it has one
+    rounds = True      # whether its layers may compute in less than float32
+    alone = False      # whether each place is predicted on its own, whatever lies around it
+    usual = {}         # settings of its training, unless others are given: epochs, lr, ...
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         cls.name = cls.__dict__.get('name', cls.__name__)
@@ -43,142 +41,181 @@ class SpotModel(nn.Module):
         super().__init__()
         self.config, self.about = config, {}
 
-    def look(self,
-        section:AnnData, # its spots, or places between them
-        cache:str|Path|None=None, # folder that keeps what takes long to see
-    )->tuple: # tensors, a row for each place, as `forward` takes them
-        "What the model sees of a section's places"
-        raise InputError(f'{self.name} has no method look(section, cache): what it sees of a section, a tuple of tensors.')
+# %% ../nbs/models/interface.ipynb #997af236
+@patch
+def look(self:SpotModel,
+    section:AnnData, # its spots, or places between them
+    cache:str|Path|None=None, # folder that keeps what takes long to see
+)->tuple: # tensors, a row for each place, as `forward` takes them
+    "What the model sees of a section's places"
+    raise InputError(f'{self.name} has no method look(section, cache): what it sees of a section, '
+                     'a tuple of tensors.')
 
-    def learn(self,
-        examples:list, # of each section, what `look` gives and the targets (n, n_genes)
-        sections:list, # the same sections, for what else there is to learn of them
-        **settings, # of `fit`: epochs, lr, seed, device, checkpoint, ...
-    )->list: # mean losses
-        "How the model is trained: by `fit`, unless a model knows better"
-        return fit(self, examples, **settings)
+@patch
+def learn(self:SpotModel,
+    examples:list, # of each section, what `look` gives and the targets (n, n_genes)
+    sections:list, # the same sections, for what else there is to learn of them
+    **settings, # of `fit`: epochs, lr, seed, device, checkpoint, ...
+)->list: # mean losses
+    "How the model is trained: by `fit`, unless a model knows better"
+    return fit(self, examples, **settings)
 
-    def begin(self,
-        sections:list, # to train on
-        **settings, # of `learn`
-    ):
-        "Before it looks at them: refuse what it cannot learn from, note what it needs of them"
+# %% ../nbs/models/interface.ipynb #4a9a7c4e
+@patch(cls_method=True)
+def train_on(cls:SpotModel,
+    sections:list, # AnnData each, with raw counts and images
+    panel:list, # genes to predict
+    normalization:str='paper', # see `normalize`
+    seed:int=0, # of the initial weights, and of `learn`
+    device:str|torch.device|None=None, # chosen unless given
+    checkpoint:str|Path|None=None, # see `fit`
+    cache:str|Path|None=None, # folder that keeps patches, which processes of `torchrun` then share
+    **settings, # of the model and of its training; `settings` lists them
+)->tuple: # the trained model, and the mean loss of each epoch
+    "A new model, trained on sections"
+    own, how = cls._sorted(settings, sections)
+    with drawn_from(seed): model = cls(n_genes=len(panel), **own)
+    _check_config(model)
+    device, how = _where(cls, device, how)
+    model.about = dict(genes=list(panel), normalization=normalization,
+                       sections=[section_name(s) for s in sections], training=_record(cls, seed, how))
+    model.begin(sections, **how)
+    geometry, examples = _geometry(sections), _examples(model, sections, device, cache)
+    losses = model.learn(examples, sections, seed=seed, device=device, checkpoint=checkpoint, **how)
+    if not isinstance(losses, list): raise InputError(
+        f'{cls.name}.learn returns {losses!r}, not a list of losses; an empty one will do.')
+    model.about.update(geometry)
+    return model.eval(), losses
 
-    def check(self,
-        *seen:Tensor, # as given to the model
-        wait:bool=False, # for a card, to read values from it
-    ):
-        "Raise `InputError` unless the model can take this"
+# %% ../nbs/models/interface.ipynb #e5a0308a
+@patch
+def begin(self:SpotModel,
+    sections:list, # to train on
+    **settings, # of `learn`
+):
+    "Before it looks at them: refuse what it cannot learn from, note what it needs of them"
 
-    @classmethod
-    def suited(cls,
-        sections:list, # to train on
-    )->dict: # settings that follow from them, where none are given
-        "Settings that suit these sections"
-        return {}
+@patch
+def check(self:SpotModel,
+    *seen:Tensor, # as given to the model
+    wait:bool=False, # for a card, to read values from it
+):
+    "Raise `InputError` unless the model can take this"
 
-    def known(self,
-        key:str, # such as 'genes'
-    )->object: # the entry of `about`
-        "An entry of `about`, or a clear error"
-        if key in self.about: return self.about[key]
-        raise InputError(f'This model does not know its {key}: model.about has {sorted(self.about)}. '
-                         f'Train it with train_on, or fill in model.about[{key!r}].')
+@patch(cls_method=True)
+def suited(cls:SpotModel,
+    sections:list, # to train on
+)->dict: # settings that follow from them, where none are given
+    "Settings that suit these sections"
+    return {}
 
-    @classmethod
-    def settings(cls)->dict: # name -> its `inspect.Parameter`
-        "What `train_on` takes for this model, beside sections and panel"
-        learns = _takes(cls.learn)
-        more = _takes(fit) if any(p.kind == p.VAR_KEYWORD for p in inspect.signature(cls.learn).parameters.values()) else {}
-        found = {**_takes(cls.__init__), **more, **learns}
-        apart = ('self', 'n_genes', 'model', 'examples', 'sections', 'seed', 'device', 'checkpoint', 'one_pass')
-        return {k: p for k,p in found.items() if k not in apart}
+# %% ../nbs/models/interface.ipynb #658304a5
+@patch
+def known(self:SpotModel,
+    key:str, # such as 'genes'
+)->object: # the entry of `about`
+    "An entry of `about`, or a clear error"
+    if key in self.about: return self.about[key]
+    raise InputError(f'This model does not know its {key}: model.about has {sorted(self.about)}. '
+                     f'Train it with train_on, or fill in model.about[{key!r}].')
 
-    @classmethod
-    def train_on(cls,
-        sections:list, # AnnData each, with raw counts and images
-        panel:list, # genes to predict
-        normalization:str='paper', # see `normalize`
-        seed:int=0, # of the initial weights, and of `learn`
-        device:str|torch.device|None=None, # chosen unless given
-        checkpoint:str|Path|None=None, # see `fit`
-        cache:str|Path|None=None, # folder that keeps patches; without it each process of `torchrun` holds all of them
-        **settings, # of the model and of its training; `settings` lists them
-    )->tuple: # the trained model, and the mean loss of each epoch
-        "A new model, trained on sections"
-        own, how = cls._sorted(settings, sections)
-        with drawn_from(seed): model = cls(n_genes=len(panel), **own)
-        _check_config(model)
-        if processes(device)[1] > 1 and 'batch' not in cls.settings():         # asked before the first use of a card
-            raise InputError(f'{cls.name} trains in one process. Start it without torchrun.')
-        device = default_device(device)
-        if 'precision' in cls.settings(): how['precision'] = precision_on(device, how.get('precision', 'auto'))
-        model.about = dict(genes=list(panel), normalization=normalization, sections=[section_name(s) for s in sections],
-                           training=_record(cls, seed, how))
-        model.begin(sections, **how)
-        geometry = _geometry(sections)
-        with enough_memory(device, 'Training', 'Give a smaller model, or another device.'): model.to(device)
-        _share(model, sections, cache)
-        examples = [(*_seen(model, s, cache), torch.from_numpy(normalize(s, panel, normalization).X)) for s in sections]
-        losses = model.learn(examples, sections, seed=seed, device=device, checkpoint=checkpoint, **how)
-        if not isinstance(losses, list): raise InputError(f'{cls.name}.learn returns {losses!r}, not a list of losses; an empty one will do.')
-        model.about.update(geometry)
-        return model.eval(), losses
+def _takes(function):
+    "Parameters of a function by name, with their defaults"
+    return {k: p for k,p in inspect.signature(function).parameters.items()
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
-    @classmethod
-    def _sorted(cls, settings, sections):
-        "Settings of the model and of its training apart; `InputError` where one is unknown, or a section is given twice"
-        known, names = cls.settings(), [section_name(s) for s in sections]
-        for k in settings:
-            if k not in known: raise InputError(f'{cls.name} has no setting {k}; it has {", ".join(known)}.')
-        if not names: raise InputError('There is no section to train on.')
-        for n in names:
-            if names.count(n) > 1: raise InputError(f'Section {n} is among the training sections {names.count(n)} times. '
-                                                    'Give each once, or each a name of its own.')
-        own, settings = _takes(cls.__init__), {**cls.suited(sections), **cls.usual, **settings}
-        return {k: v for k,v in settings.items() if k in own}, {k: v for k,v in settings.items() if k not in own}
+@patch(cls_method=True)
+def settings(cls:SpotModel)->dict: # name -> its `inspect.Parameter`
+    "What `train_on` takes for this model, beside sections and panel"
+    learns = inspect.signature(cls.learn).parameters.values()
+    more = _takes(fit) if any(p.kind == p.VAR_KEYWORD for p in learns) else {}
+    found = {**_takes(cls.__init__), **more, **_takes(cls.learn)}
+    apart = ('self', 'n_genes', 'model', 'examples', 'sections', 'seed', 'device', 'checkpoint',
+             'one_pass')
+    return {k: p for k,p in found.items() if k not in apart}
+
+# %% ../nbs/models/interface.ipynb #9feb03b8
+@patch(cls_method=True)
+def _sorted(cls:SpotModel, settings, sections):
+    """Settings of the model and of its training apart; `InputError` where one is unknown,
+    or a section is given twice"""
+    known, names = cls.settings(), [section_name(s) for s in sections]
+    for k in settings:
+        if k not in known:
+            raise InputError(f'{cls.name} has no setting {k}; it has {", ".join(known)}.')
+    if not names: raise InputError('There is no section to train on.')
+    for n in names:
+        if names.count(n) > 1: raise InputError(
+            f'Section {n} is among the training sections {names.count(n)} times. '
+            'Give each once, or each a name of its own.')
+    own, settings = _takes(cls.__init__), {**cls.suited(sections), **cls.usual, **settings}
+    return ({k: v for k,v in settings.items() if k in own},
+            {k: v for k,v in settings.items() if k not in own})
+
+def _where(cls, device, how):
+    "The device to train on, and the settings of the training with the precision that goes with it"
+    # asked before the first use of a card
+    if processes(device)[1] > 1 and 'batch' not in cls.settings():
+        raise InputError(f'{cls.name} trains in one process. Start it without torchrun.')
+    device = default_device(device)
+    if 'precision' not in cls.settings(): return device, how
+    return device, {**how, 'precision': precision_on(device, how.get('precision', 'auto'))}
 
 # %% ../nbs/models/interface.ipynb #b4edacfa
 def _check_config(model):
     "Raise `InputError` where a model could not be made again from its `config`"
     kind, config = type(model), getattr(model, 'config', {})
-    missing = [k for k in _takes(kind.__init__) if k != 'self' and k not in config]
-    if missing: raise InputError(f'{kind.name} does not keep {", ".join(missing)} in its config, so it could not be loaded again. '
-                                 f'Begin its __init__ with super().__init__({", ".join(f"{k}={k}" for k in _takes(kind.__init__) if k != "self")}).')
+    needed = [k for k in _takes(kind.__init__) if k != 'self']
+    if missing := [k for k in needed if k not in config]: raise InputError(
+        f'{kind.name} does not keep {", ".join(missing)} in its config, so it could not be loaded '
+        'again. '
+        f'Begin its __init__ with super().__init__({", ".join(f"{k}={k}" for k in needed)}).')
     used = {'kind', 'about', 'normalization', 'cache', *_takes(fit)} - {'model', 'examples'}
-    if taken := used & {*config, *_takes(kind.__init__)}:
-        raise InputError(f'{kind.name} has a setting {min(taken)}, a name that training or its file needs. Call it something else.')
+    if taken := used & {*config, *_takes(kind.__init__)}: raise InputError(
+        f'{kind.name} has a setting {min(taken)}, a name that training or its file needs. '
+        'Call it something else.')
     try: json.dumps(config)
-    except TypeError as e: raise InputError(f'{kind.name}: a setting cannot be written into a file ({e}). Settings are numbers, strings and lists.') from e
+    except TypeError as e: raise InputError(
+        f'{kind.name}: a setting cannot be written into a file ({e}). '
+        'Settings are numbers, strings and lists.') from e
 
+def _record(cls, seed, how):
+    "Settings of a training, for `about`"
+    # a learn of its own may not pass them all on
+    learns = cls.settings() if cls.learn is SpotModel.learn else _takes(cls.learn)
+    defaults = {k: p.default for k,p in learns.items()
+                if k in cls.settings() and k not in _takes(cls.__init__)}
+    plain = {k: v for k,v in {**defaults, **how}.items()
+             if isinstance(v, (int, float, str, type(None)))}
+    return {'seed': seed, **{k: v for k,v in plain.items() if k not in ('every', 'progress')}}
+
+# %% ../nbs/models/interface.ipynb #386de1bf
 def _seen(model, section, cache):
     "What a model sees of a section, or an `InputError` where that is not one row a place"
     seen = model.look(section, cache=cache)
-    if not isinstance(seen, tuple) or not all(isinstance(t, Tensor) for t in seen):
-        raise InputError(f'{model.name}.look returns {type(seen).__name__}, not a tuple of tensors. For a single one: return (patches,)')
-    if wrong := [tuple(t.shape) for t in seen if len(t) != len(section)]:
-        raise InputError(f'{model.name}.look: a tensor of shape {wrong[0]} for {len(section)} places. Give a row for each place.')
+    if not isinstance(seen, tuple) or not all(isinstance(t, Tensor) for t in seen): raise InputError(
+        f'{model.name}.look returns {type(seen).__name__}, not a tuple of tensors. '
+        'For a single one: return (patches,)')
+    if wrong := [tuple(t.shape) for t in seen if len(t) != len(section)]: raise InputError(
+        f'{model.name}.look: a tensor of shape {wrong[0]} for {len(section)} places. '
+        'Give a row for each place.')
     return seen
+
+def _examples(model, sections, device, cache):
+    "Of each section, what the model sees and its targets; processes share the work by the cache"
+    with enough_memory(device, 'Training', 'Give a smaller model, or another device.'): model.to(device)
+    rank, world = processes()
+    if cache and world > 1:
+        for s in sections[rank::world]: _seen(model, s, cache)
+        add_up(torch.zeros(1))                                             # until all have done theirs
+    targets = lambda s: normalize(s, model.about['genes'], model.about['normalization']).X
+    return [(*_seen(model, s, cache), torch.from_numpy(targets(s))) for s in sections]
 
 def _geometry(sections):
     "What predictions need of the training sections' geometry; no grid where spots lie on one line"
     known = dict(spot_diameter=float(np.median([place(s).diameter for s in sections])))
     with suppress(InputError): known['grid'] = np.mean([fit_grid(s) for s in sections], 0).tolist()
     return known
-
-def _record(cls, seed, how):
-    "Settings of a training, for `about`"
-    learns = cls.settings() if cls.learn is SpotModel.learn else _takes(cls.learn)     # a learn of its own may not pass them all on
-    defaults = {k: p.default for k,p in learns.items() if k in cls.settings() and k not in _takes(cls.__init__)}
-    plain = {k: v for k,v in {**defaults, **how}.items() if isinstance(v, (int, float, str, type(None)))}
-    return {'seed': seed, **{k: v for k,v in plain.items() if k not in ('every', 'progress')}}
-
-def _share(model, sections, cache):
-    "Each of several processes looks at its share of the sections; then all find what was seen in the cache"
-    rank, world = processes()
-    if not cache or world == 1: return
-    for s in sections[rank::world]: _seen(model, s, cache)
-    add_up(torch.zeros(1))
 
 # %% ../nbs/models/interface.ipynb #50c4191c
 @torch.no_grad()
@@ -189,19 +226,22 @@ def run_model(
     precision:str='auto', # of the layers, see `precision_on`
 )->np.ndarray: # float32 (n, genes)
     "The model's output for one section, in evaluation mode"
-    device = default_device(device)
-    precision = precision_on(device, precision) if model.rounds else 'float32'
+    device, n = default_device(device), len(seen[0])
+    precision = precision_on(device, precision, model) if model.rounds else 'float32'
     model.check(*seen, wait=True)
     advice = 'Predict in tiles (tile=40, or --tile 40), or on another device.'
-    with enough_memory(device, f'A sequence of {len(seen[0])} patches', advice), mixed(device, precision):
+    with enough_memory(device, f'A sequence of {n} patches', advice), mixed(device, precision):
         model.to(device).eval()
         X = model(*(t.to(device) for t in seen)).float().cpu().numpy()
-    if X.shape != (len(seen[0]), n := model.config.get('n_genes', X.shape[-1])):
-        raise InputError(f'{model.name}.forward returns {X.shape} for {len(seen[0])} places and {n} genes. It should be ({len(seen[0])}, {n}).')
-    if not np.isfinite(X).all():
-        if precision == 'float16': raise InputError('The prediction leaves the range of float16. Predict with precision=float32 (--precision float32).')
-        raise InputError(f'{model.name} predicts numbers that are not finite. Train it again, with a smaller learning rate.')
-    return X
+    if X.shape != (n, genes := model.config.get('n_genes', X.shape[-1])): raise InputError(
+        f'{model.name}.forward returns {X.shape} for {n} places and {genes} genes. '
+        f'It should be ({n}, {genes}).')
+    if np.isfinite(X).all(): return X
+    if precision == 'float16': raise InputError(
+        'The prediction leaves the range of float16. '
+        'Predict with precision=float32 (--precision float32).')
+    raise InputError(f'{model.name} predicts numbers that are not finite. '
+                     'Train it again, with a smaller learning rate.')
 
 # %% ../nbs/models/interface.ipynb #5af7cbed
 def tiles(
@@ -211,7 +251,9 @@ def tiles(
     "Square tiles that divide up all places, each seen with a rim of a quarter of its side"
     if side is not None and not 0 < side < np.inf:
         raise InputError(f'The width of a tile is a number of spot diameters above 0, not {side}.')
-    if side is None: yield np.arange(len(xy)), np.ones(len(xy), dtype=bool); return
+    if side is None:
+        yield np.arange(len(xy)), np.ones(len(xy), dtype=bool)
+        return
     xy = xy - xy.min(0)
     own = np.floor(xy/side)
     for corner in np.unique(own, axis=0):
@@ -225,8 +267,10 @@ def parts(
     tile:float|None=None, # side of the tiles, in spot diameters
 ): # yields indices of the places to see, and which of these to keep (bool)
     "What to predict at once: tiles or, where each place is predicted on its own, two thousand places"
-    if not model.alone: yield from tiles(xy, tile); return
-    next(tiles(xy, tile))                                           # refuses an impossible side
+    if not model.alone:
+        yield from tiles(xy, tile)
+        return
+    next(tiles(xy, tile))  # refuses an impossible side
     for start in range(0, len(xy), 2048):
         some = np.arange(start, min(start + 2048, len(xy)))
         yield some, np.ones(len(some), dtype=bool)
@@ -241,7 +285,7 @@ def look_and_run(
     "What a model says of a section's places"
     return run_model(model, _seen(model, section, cache), device, precision)
 
-# %% ../nbs/models/interface.ipynb #7e43636f
+# %% ../nbs/models/interface.ipynb #bd49c8a9
 def predicted_section(
     model:SpotModel, # with its `about`
     section:AnnData, # that was predicted
@@ -249,32 +293,36 @@ def predicted_section(
     method:str, # what made it, such as 'HisToGene'
 )->AnnData: # spots x panel
     "A model's output as a section: with the section's spots and the model's genes and scale"
-    out = AnnData(X, obs=section.obs.copy(), obsm={'spatial': section.obsm['spatial'].copy()}, uns={'spatial': section.uns['spatial']})
+    out = AnnData(X, obs=section.obs.copy(), obsm={'spatial': section.obsm['spatial'].copy()},
+                  uns={'spatial': section.uns['spatial']})
     out.var_names, scale = model.known('genes'), model.known('normalization')
     about = {k: v for k,v in section.uns['histogene'].items() if k != 'truth'}
-    out.uns['histogene'] = {**about, 'normalization': scale, 'unit': SCALES[scale]['unit'], 'predicted_by': method,
+    out.uns['histogene'] = {**about, 'normalization': scale, 'unit': SCALES[scale]['unit'],
+                            'predicted_by': method,
                             'trained_on': ', '.join(model.about.get('sections', []))}
     return out
 
+# %% ../nbs/models/interface.ipynb #7e43636f
 def predict(
     model:SpotModel, # trained by `train_on`
     section:AnnData, # with an image; its counts are not used
     device:str|torch.device|None=None, # chosen unless given
     cache:str|Path|None=None, # folder that keeps patches
-    tile:float|None=None, # side of the tiles to predict one after the other, in spot diameters; unless given all spots are one sequence
+    tile:float|None=None, # side of tiles, one after the other, in spot diameters; else all at once
     precision:str='auto', # of the layers, see `precision_on`
 )->AnnData: # spots x panel; X float32 on the training scale
     "Predict the expression of a section's spots from its image"
     X = np.empty((len(section), len(model.known('genes'))), dtype=np.float32)
-    model.to(default_device(device))                                # before it looks at the section
+    model.to(default_device(device))  # before it looks at the section
     for seen,kept in parts(model, section.obsm['spatial']/place(section).diameter, tile):
-        part = AnnData(obs=section.obs.iloc[seen], obsm={'spatial': section.obsm['spatial'][seen]}, uns=dict(section.uns))
+        part = AnnData(obs=section.obs.iloc[seen], obsm={'spatial': section.obsm['spatial'][seen]},
+                       uns=dict(section.uns))
         X[seen[kept]] = look_and_run(model, part, device, cache, precision)[kept]
     return predicted_section(model, section, X, model.name)
 
 # %% ../nbs/models/interface.ipynb #a7b5f393
 MODELS = {'HisToGene': 'histogene_nb.model:HisToGene', 'ST-Net': 'histogene_nb.stnet:STNet',
-          'texture': 'histogene_nb.texture:TextureModel'}               # short names
+          'texture': 'histogene_nb.texture:TextureModel'}  # short names
 
 def model_class(
     kind:str|type, # a name in `MODELS`, 'module:Class', or the class itself
@@ -282,22 +330,9 @@ def model_class(
     "The class of a model, from its name; a module of your own is looked for in the current folder too"
     found = kind if isinstance(kind, type) else _imported(kind)
     if not (isinstance(found, type) and issubclass(found, SpotModel)):
-        raise InputError(f'{kind} is not a SpotModel. A model is a class that inherits from histogene_nb.interface.SpotModel.')
+        raise InputError(f'{kind} is not a SpotModel. A model is a class that inherits from '
+                         'histogene_nb.interface.SpotModel.')
     return found
-
-def _imported(kind):
-    "What 'module:Class' names"
-    module, _, name = MODELS.get(kind, kind).replace('.py:', ':').partition(':')
-    if not re.fullmatch(r'\w[\w.]*:\w+', f'{module}:{name}'):
-        raise InputError(f'There is no model {kind!r}; there are {", ".join(MODELS)}, and your own as module:Class.')
-    own = module.partition('.')[0] != 'histogene_nb' and os.getcwd() not in sys.path
-    if own: sys.path.append(os.getcwd())                            # last: nothing there stands in for what is installed
-    try: return getattr(import_module(module), name)
-    except Exception as e:                                          # whatever a module of somebody's own can raise
-        raise InputError(f'{kind}: this model cannot be imported ({type(e).__name__}: {e}). Is {module.replace(".", "/")}.py in this folder, '
-                         f'and a class {name} in it?') from e
-    finally:
-        if own: sys.path.remove(os.getcwd())
 
 def class_name(
     kind:type, # a `SpotModel`
@@ -306,6 +341,23 @@ def class_name(
     spelled = f'{kind.__module__}:{kind.__qualname__}'
     return next((k for k,v in MODELS.items() if v == spelled), spelled)
 
+# %% ../nbs/models/interface.ipynb #dc633bd2
+def _imported(kind):
+    "What 'module:Class' names"
+    module, _, name = MODELS.get(kind, kind).replace('.py:', ':').partition(':')
+    if not re.fullmatch(r'\w[\w.]*:\w+', f'{module}:{name}'):
+        raise InputError(f'There is no model {kind!r}; there are {", ".join(MODELS)}, '
+                         'and your own as module:Class.')
+    own = module.partition('.')[0] != 'histogene_nb' and os.getcwd() not in sys.path
+    if own: sys.path.append(os.getcwd())  # last: nothing there stands in for what is installed
+    try: return getattr(import_module(module), name)
+    except Exception as e:  # whatever a module of somebody's own can raise
+        raise InputError(f'{kind}: this model cannot be imported ({type(e).__name__}: {e}). '
+                         f'Is {module.replace(".", "/")}.py in this folder, '
+                         f'and a class {name} in it?') from e
+    finally:
+        if own: sys.path.remove(os.getcwd())
+
 # %% ../nbs/models/interface.ipynb #bc73ea99
 def save_pretrained(
     model:SpotModel, # with its `about`
@@ -313,47 +365,33 @@ def save_pretrained(
 )->Path: # the folder
     "Save a model's weights and description, never pickled"
     folder = Path(folder)
-    config = json.dumps({'kind': class_name(type(model)), **model.config, 'about': model.about}, indent=1)
-    with whole_file(folder/'config.json') as part:                             # moved last: a full disk leaves both files as they were
+    described = {'kind': class_name(type(model)), **model.config, 'about': model.about}
+    config = json.dumps(described, indent=1)
+    # moved last: a full disk leaves both files as they were
+    with whole_file(folder/'config.json') as part:
         part.write_text(config, encoding='utf-8')
         save_tensors(model.state_dict(), folder/'model.safetensors', {'config': config})
     return folder
 
-def _identity(config):
-    "The parts of a description that the weights depend on"
-    config = json.loads(config)
-    return {**config, 'about': {k: config['about'].get(k) for k in ('genes', 'normalization', 'spot_diameter', 'grid')}}
-
-def _blank(kind, config):
-    "A model of this description, before its weights are loaded; a setting `pretrained` is off, so that nothing is downloaded to be thrown away"
-    model = kind(**{**config, **dict.fromkeys({'pretrained'} & set(_takes(kind.__init__)), False)})
-    model.config = {**model.config, **({'pretrained': True} if 'pretrained' in model.config else {}), **config}
-    return model
-
 # %% ../nbs/models/interface.ipynb #7d38b3e1
 def from_pretrained(
     folder:str|Path, # as `save_pretrained` left it
-    kind:type|str|None=None, # the model's class, where it is not this package's and its module not yet imported
+    kind:type|str|None=None, # its class, if not this package's and its module not yet imported
 )->SpotModel: # in evaluation mode, on the CPU
     "Load a model that was saved with `save_pretrained`"
-    (file, weights_file), kind = model_files(folder), None if kind is None else model_class(kind)
-    try:
-        text = file.read_text(encoding='utf-8')
-        config = json.loads(text)
-        about, named, (weights, metadata) = config.pop('about'), config.pop('kind', 'HisToGene'), read_tensors(weights_file)
-        _check_about(about, config)
-        together = _identity(metadata.get('config', text)) == _identity(text)
-        kind = kind or _trusted(named)
-        if fits := kind and kind.__name__ == model_name(named): model = _blank(kind, config)
-    except Exception as e:                                                     # a damaged file can raise any kind of error
-        raise InputError(f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
-    if kind is None: raise InputError(f'{folder}: this is a model of the class {named}, which is not this package\'s. '
-                                      f'If you trust it, give its class: kind={named!r}, or --kind {named}.')
-    if not fits: raise InputError(f'{folder}: this is a model of the class {named}, not {class_name(kind)}. Give that class.')
+    files, kind = model_files(folder), None if kind is None else model_class(kind)
+    try: model, kind, named, about, weights, together = _described(*files, kind)
+    except Exception as e: raise InputError(  # a damaged file can raise any kind of error
+        f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
+    if kind is None: raise InputError(
+        f'{folder}: this is a model of the class {named}, which is not this package\'s. '
+        f'If you trust it, give its class: kind={named!r}, or --kind {named}.')
+    if model is None: raise InputError(
+        f'{folder}: this is a model of the class {named}, not {class_name(kind)}. Give that class.')
     load_tensors(model, weights, folder)
-    if not together:
-        raise InputError(f'{folder}: config.json and model.safetensors belong to two different models, as when saving was killed halfway. '
-                         'Copy both again, or train it again.')
+    if not together: raise InputError(
+        f'{folder}: config.json and model.safetensors belong to two different models, '
+        'as when saving was killed halfway. Copy both again, or train it again.')
     model.about = about
     return model.eval()
 
@@ -363,15 +401,45 @@ def model_name(
     "The name of a class without its module"
     return MODELS.get(named, named).rpartition(':')[2]
 
+# %% ../nbs/models/interface.ipynb #27657ef5
+def _described(file, weights_file, kind):
+    """What two files say: a model without its weights, None where it is of another class; its class,
+    None where that is not known; the class's name, `about`, weights; whether the two belong together"""
+    text = file.read_text(encoding='utf-8')
+    config = json.loads(text)
+    about, named = config.pop('about'), config.pop('kind', 'HisToGene')
+    weights, metadata = read_tensors(weights_file)
+    _check_about(about, config)
+    together = _identity(metadata.get('config', text)) == _identity(text)
+    kind = kind or _trusted(named)
+    model = _blank(kind, config) if kind and kind.__name__ == model_name(named) else None
+    return model, kind, named, about, weights, together
+
+# %% ../nbs/models/interface.ipynb #732dbe9a
+def _identity(config):
+    "The parts of a description that the weights depend on"
+    config = json.loads(config)
+    used = {k: config['about'].get(k) for k in ('genes', 'normalization', 'spot_diameter', 'grid')}
+    return {**config, 'about': used}
+
+def _blank(kind, config):
+    """A model of this description, before its weights are loaded; a setting `pretrained` is off,
+    so that nothing is downloaded to be thrown away"""
+    model = kind(**{**config, **dict.fromkeys({'pretrained'} & set(_takes(kind.__init__)), False)})
+    asked = {'pretrained': True} if 'pretrained' in model.config else {}
+    model.config = {**model.config, **asked, **config}
+    return model
+
+# %% ../nbs/models/interface.ipynb #90aa9737
 def _check_about(about, config):
     "Raise `ValueError` where the genes or the grid do not fit the model"
-    if 'genes' in about and len(set(about['genes'])) != config['n_genes']:
-        raise ValueError(f"config.json names {len(set(about['genes']))} genes for {config['n_genes']} outputs")
+    if 'genes' in about and (n := len(set(about['genes']))) != config['n_genes']:
+        raise ValueError(f"config.json names {n} genes for {config['n_genes']} outputs")
     if 'grid' in about and np.shape(about['grid']) != (3, 2):
         raise ValueError(f"config.json has a grid of shape {np.shape(about['grid'])}, not (3, 2)")
 
 def _trusted(named):
-    "The class that config.json names: this package's, or one that was imported already; else None. Nothing else is imported"
+    "The class that config.json names, if it is this package's or imported already; else None"
     if named in MODELS: return model_class(named)
     module, colon, name = named.partition(':')
     if not colon: raise ValueError(f'there is no kind of model {named!r}')

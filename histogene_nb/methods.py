@@ -102,7 +102,7 @@ def spot_model(
         if watch and not more: more = watch(model, section, found, cache)
         predicted += found
     if label: _call(predicted, model.name, label)
-    used = precision_on(default_device(device), precision) if model.rounds else 'float32'
+    used = precision_on(default_device(device), precision, model) if model.rounds else 'float32'
     return predicted, {**_record(model, losses, used), **more}
 
 # %% ../nbs/runs/methods.ipynb #b8e70ce5
