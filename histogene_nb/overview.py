@@ -140,7 +140,7 @@ def _side(n): return max(.2, .1 + .36*np.log10(n))
 
 def _numbered(name, n): return f'{n:,}' if name in ('', str(n)) else f'{name} = {n:,}'
 
-def _box(ax, x, name, shape, sides):
+def _tensor_box(ax, x, name, shape, sides):
     "One tensor whose left edge is at x; returns where its right edge is"
     stack, (rows, columns) = shape[:-2], ((1, 1) + shape)[-2:]
     w, h = _side(columns), _side(rows)
@@ -172,7 +172,7 @@ def shapes(
             x += .5 if sign else 1.15
         else:
             name, tensor, sides = step
-            x = _box(ax, x + .22, name, tuple(tensor.shape), sides)
+            x = _tensor_box(ax, x + .22, name, tuple(tensor.shape), sides)
     high = max(t.get_position()[1] for t in ax.texts) + .3
     low = min(t.get_position()[1] for t in ax.texts) - .2
     ax.set(xlim=(0, x + .1), ylim=(low, high), aspect='equal'); ax.axis('off')
