@@ -80,7 +80,7 @@ def test_what_is_folded(site):
     "Code of private names alone is folded, with its names, and what says `#| fold`; all other exported code is open."
     folds = [f for p in site.rglob('*.html') for f in re.findall(r'<details( open="")? class="code-fold">\s*<summary>(Exported source[^<]*)', p.read_text(encoding='utf-8'))]
     assert all(bool(is_open) == (summary == 'Exported source') for is_open,summary in folds)
-    assert any('_read_h5ad' in summary for is_open,summary in folds if not is_open)
+    assert any('_visium_positions' in summary for is_open,summary in folds if not is_open)
     said = {n for p in notebooks() for c in cells(p) if re.search(r'^#\| *fold$', c['source'], re.M) for n in re.findall(r'^(?:def|class) +(\w+)', c['source'], re.M)}
     shown = {n for _,s in folds for n in s.partition(': ')[2].split(', ') if n}
     assert 'read_her2st' in said and {n for n in shown if not n.startswith('_')} == {n for n in said if not n.startswith('_')}
