@@ -113,7 +113,7 @@ def image(home, section, kind):
 def model_of(section, kind='HisToGene'):
     "A trained or, for texture, an unfitted model of this section's genes"
     if kind == 'HisToGene': return HisToGene.train_on([section], list(section.var_names), epochs=1, device='cpu', **TINY)[0]
-    model = TextureModel(section.n_vars, 2, (1.,), 32, 1, 1, 16, 1, 2)
+    model = TextureModel(section.n_vars, 2, (1.,), 32, members=1, dim=16, depth=1, heads=2)
     model.about = dict(genes=list(section.var_names), normalization='paper', grid=[[.01, 0.], [0., .01], [0., 0.]], training={})
     return model
 
