@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from histogene_nb.devices import fast_bfloat16
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import read_her2st, released_sections
 from histogene_nb.sections import new_section
@@ -76,15 +77,17 @@ class Plain(nn.Module):
 
 # ---- the steps, each in a process of its own
 
-def matmul_rate(n=4096, times=5):
-    "GFLOP/s of a float32 matrix product, the best of some"
-    a, b = torch.randn(n, n), torch.randn(n, n)
+def matmul_rate(n=4096, times=5, dtype=torch.float32):
+    "GFLOP/s of a matrix product, the best of some"
+    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
     def once():
         start = time.perf_counter(); a @ b
         return 2*n**3/(time.perf_counter() - start)/1e9
     return max(once() for _ in range(times))
 
 def the_panel(): return read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
+
+def processor(): return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
 
 def status(key): return int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1])/1e6      # GB
 
@@ -113,11 +116,12 @@ def flops(lengths, model, training=True):
     return 3*forward - 2*n.sum()*weights['patch_embed.weight'] if training else forward
 
 def epoch():
-    "Both versions in turn, so that both meet the same machine; the straightforward one cuts each section's patches when its turn comes, as the released code does"
+    """Both versions in turn, ours in both precisions, so that all meet the same machine; the straightforward one cuts each section's patches
+    when its turn comes, as the released code does"""
     panel = the_panel()
     examples = [training_example(read_her2st(data_folder(), n, verbose=False), panel, cache=cache) for n in SECTIONS]
     sections = [plain_section(data_folder(), n, panel) for n in SECTIONS]
-    ours, plain = HisToGene(), Plain(len(panel))
+    model, plain = HisToGene(), Plain(len(panel))
     adam = torch.optim.Adam(plain.parameters(), lr=1e-5, foreach=False, fused=False)
     def plain_epoch():
         for image,centres,positions,targets in sections:
@@ -127,16 +131,22 @@ def epoch():
     def timed(*args):
         start = time.perf_counter(); loss = one_pass(*args); times.append(time.perf_counter() - start)
         return loss
+    def ours(precision):
+        times.clear()
+        fit(model, examples, epochs=3, progress=False, one_pass=timed, precision=precision)
+        return min(times[1:])                                   # the first epoch of a new optimiser also allocates its state
     for _ in range(8):
         rate, plain_times = matmul_rate(), []
         for _ in range(2):
             start = time.perf_counter(); plain_epoch(); plain_times.append(time.perf_counter() - start)
-        times.clear(); fit(ours, examples, epochs=3, progress=False, one_pass=timed)
-        rows.append(dict(plain=min(plain_times), ours=min(times[1:]), matmul_GFLOPs=max(rate, matmul_rate())))         # the first epoch of a new optimiser also allocates its state
+        row = dict(plain=min(plain_times), ours=ours('float32'), matmul_GFLOPs=max(rate, matmul_rate()))
+        rows.append({**row, 'bfloat16': ours('bfloat16'), 'bfloat16_matmul_GFLOPs': matmul_rate(dtype=torch.bfloat16)})
     rows = pd.DataFrame(rows)
-    work, best = flops([len(p) for p,_,_ in examples], ours)/1e9, dict(plain=rows.plain.min(), ours=rows.ours.min(), matmul_GFLOPs=rows.matmul_GFLOPs.max())   # others use this machine too: the best of each
+    work = flops([len(p) for p,_,_ in examples], model)/1e9
+    best = {k: rows[k].max() if 'matmul' in k else rows[k].min() for k in rows}                     # others use this machine too: the best of each
     return dict(GFLOP=work, **best, ratio=best['ours']/best['plain'], ours_GFLOPs=work/best['ours'], share_of_matmul_rate=work/best['ours']/best['matmul_GFLOPs'],
-                median_ratio=(rows.ours/rows.plain).median(), rounds=rows.to_dict('records'))
+                median_ratio=(rows.ours/rows.plain).median(), bfloat16_ratio=best['bfloat16']/best['plain'], bfloat16_median_ratio=(rows.bfloat16/rows.plain).median(),
+                rounds=rows.to_dict('records'))
 
 def dense_input(n=8715):
     "The first n patches of a 4x grid on B4, the section with most tissue, and their positions"
@@ -152,24 +162,28 @@ def superres_plain():
     start = time.perf_counter(); model(patches.flatten(1).float()[None], positions[None])
     return dict(seconds=time.perf_counter() - start, peak_GB=peak(), patches=len(patches))
 
-def superres_ours():
+def superres_ours(precision='float32'):
     patches, positions = dense_input()
     model = HisToGene().eval()
-    start = time.perf_counter(); run_model(model, (patches, positions), 'cpu')
-    seconds, rate, work = time.perf_counter() - start, matmul_rate(), flops([len(patches)], model, training=False)/1e9
+    start = time.perf_counter(); run_model(model, (patches, positions), 'cpu', precision)
+    seconds, rate, work = time.perf_counter() - start, matmul_rate(dtype=getattr(torch, precision)), flops([len(patches)], model, training=False)/1e9
     return dict(seconds=seconds, peak_GB=peak(), patches=len(patches), GFLOP=work, matmul_GFLOPs=rate, share_of_matmul_rate=work/seconds/rate, seconds_at_matmul_rate=work/rate)
 
-def superres_25x(name='B4', tile=None):
+def superres_bfloat16(): return superres_ours('bfloat16')
+
+def superres_25x(name='B4', tile=None, precision='float32'):
     "The whole way at 25x on B4, the real section with most tissue: cutting patches, one sequence through the model, averaging"
     section, model = read_her2st(data_folder(), name, verbose=False), HisToGene().eval()
     mask, scale = section_mask(section)
     model.about = dict(genes=the_panel(), normalization='paper')
     n = len(dense_grid(mask, scale, 112, 25)[0])
     start, busy = time.perf_counter(), time.process_time()
-    dense = predict_superres(model, section, 25, 'cpu', tile=tile)
-    return dict(section=name, patches=n, sub_patches=len(dense), tile=tile, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak())
+    dense = predict_superres(model, section, 25, 'cpu', tile=tile, precision=precision)
+    return dict(section=name, patches=n, sub_patches=len(dense), tile=tile, precision=precision, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak())
 
 def superres_25x_tiles(): return superres_25x(tile=12)
+def superres_25x_bfloat16(): return superres_25x(precision='bfloat16')
+def superres_25x_tiles_bfloat16(): return superres_25x(tile=12, precision='bfloat16')
 
 @torch.no_grad()
 def long(n, make, depth=8, flat=False):
@@ -178,7 +192,7 @@ def long(n, make, depth=8, flat=False):
     patches, positions, model = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8), torch.randint(64, (n, 2)), make(785, depth=depth).eval()
     base, start, busy = memory(), time.perf_counter(), time.process_time()
     if flat: model(patches.flatten(1).float()[None], positions[None])
-    else: run_model(model, (patches, positions), 'cpu')
+    else: run_model(model, (patches, positions), 'cpu', 'float32')
     return dict(patches=n, layers=depth, seconds=time.perf_counter() - start, core_seconds=time.process_time() - busy, peak_GB=peak(), above_patches_GB=peak() - base)
 
 def long_plain_2000(): return long(2000, Plain, flat=True)
@@ -260,7 +274,9 @@ def answers():
     return {'importing everything': best(sys.executable, '-c', everything), 'help': {c: best(path/f'histogene_{c}', '--help') for c in ('demo', *MISTAKES)},
             'mistake': {c: best(path/f'histogene_{c}', *words) for c,words in MISTAKES.items()}}
 
-STEPS = dict(answers=('answers',), load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours'), dense25=('superres_25x', 'superres_25x_tiles'), long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_8000_one_layer', 'long_ours_100000_one_layer'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
+STEPS = dict(answers=('answers',), load=('load_plain', 'load_ours'), epoch=('epoch',), superres=('superres_plain', 'superres_ours', 'superres_bfloat16'),
+             dense25=('superres_25x', 'superres_25x_tiles', 'superres_25x_bfloat16', 'superres_25x_tiles_bfloat16'),
+             long=('long_plain_2000', 'long_plain_4000', 'long_plain_8000', 'long_ours_2000', 'long_ours_4000', 'long_ours_8000', 'long_ours_8000_one_layer', 'long_ours_100000_one_layer'), stream=('stream_4', 'stream_32', 'stream_32_in_memory'))
 
 def measure(step):
     out = subprocess.run([sys.executable, __file__, '--step', step], capture_output=True, text=True)
@@ -276,12 +292,13 @@ def main(steps):
         if 'superres' in steps: dense_input()
         if 'stream' in steps: warm_many(32)
         found = {s: measure(s) for step in steps for s in STEPS[step]}
-    made_by = dict(histogene_nb=histogene_nb.__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', threads=torch.get_num_threads(), date=time.strftime('%Y-%m-%d'), sections=SECTIONS)
+    made_by = dict(histogene_nb=histogene_nb.__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', processor=processor(), fast_bfloat16=fast_bfloat16(), threads=torch.get_num_threads(), date=time.strftime('%Y-%m-%d'), sections=SECTIONS)
     result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for step in steps:
         parts = STEPS[step]
         result[step] = {'command': f'python tools/benchmark.py {step}', **made_by, **({s: found[s] for s in parts} if len(parts) > 1 else found[parts[0]])}
         if step in ('load', 'superres'): result[step]['ours over plain'] = {k: found[parts[1]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB', 'above_imports_GB', 'own_GB') if k in found[parts[0]]}
+        if step == 'superres': result[step]['bfloat16 over plain'] = {k: found[parts[2]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB')}
     RESULT.write_text(json.dumps(result, indent=1, default=float) + '\n')
     print(json.dumps({s: result[s] for s in steps}, indent=1, default=float))
 

@@ -14,7 +14,7 @@ from smalldocs import layout, site as smalldocs_site
 from smalldocs.config import BuildError, ConfigError, load
 from smalldocs.notebook import DISPLAY_ORDER, IMAGES, cell_options
 
-from check_site import Page, check_site
+from check_site import check_site, read_page
 
 root = Path(__file__).resolve().parents[1]
 
@@ -238,10 +238,9 @@ def faults(site, pages, proc):
         page = site.pages.get(PurePosixPath(src))
         file = page and site.out/page.out
         if not file or not file.is_file(): found.append(f'{src}: there is no page of it'); continue
-        text = file.read_text(encoding='utf-8')
-        shown, want = Page(text).figures, figures(proc/src)
+        shown, want = read_page(file.resolve()).figures, figures(proc/src)
         if shown < want: found.append(f'{src}: has {want} figures, its page {shown}')
-        if formula.search(text): found.append(f'{src}: a formula was not set')
+        if formula.search(file.read_text(encoding='utf-8')): found.append(f'{src}: a formula was not set')
     return found
 
 def build():

@@ -1,5 +1,6 @@
 """Read a built site as a browser without a network would: what does it ask for that is not there?"""
 import re, sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -50,6 +51,11 @@ class Page(HTMLParser):
         if not {'pre', 'code', 'script', 'style', 'annotation', 'textarea'} & {t for t,_ in self.inside}: self.text_links += text_link.findall(data)
 
 
+@cache
+def read_page(file):
+    "A page as it was when it was first asked for"
+    return Page(file.read_text(encoding='utf-8'))
+
 def css_urls(css): return [a or b for a, b in css_url.findall(css)]
 
 def target(site, file, href):
@@ -61,7 +67,7 @@ def target(site, file, href):
 def check_site(site):
     "The faults of the site in the folder `site`: one line each, with the page where it is."
     site = Path(site).resolve()
-    pages = {f: Page(f.read_text(encoding='utf-8')) for f in sorted(site.rglob('*.html'))}
+    pages = {f: read_page(f) for f in sorted(site.rglob('*.html'))}
     faults = [] if pages else [f'{site.name}: there is no page']
     def say(file, what): faults.append(f'{file.relative_to(site)}: {what}')
 
