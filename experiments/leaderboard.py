@@ -18,7 +18,7 @@ from histogene_nb.commands import reader
 from histogene_nb.crossval import cross_validate
 from histogene_nb.fold_tables import mean_measures
 from histogene_nb.folds import finished_folds, fold_name, provenance
-from histogene_nb.methods import baselines, histogene, ridges, spot_model, texture_model
+from histogene_nb.methods import baselines, depth_maps, histogene, ridges, spot_model, texture_model
 from histogene_nb.expression import read_panel
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import her2st_catalogue, read_her2st
@@ -28,7 +28,7 @@ results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 slow = {'HisToGene': histogene, 'ST-Net': partial(spot_model, kind='ST-Net', backbone='efficientnet_lite0', patch_size=112)}
 own = {'small CNN': SmallCNN}        # its settings were chosen before any of these sections was looked at
-once = {'baselines': baselines, 'ridge': ridges, 'texture without array and transformers': partial(texture_model, use_array=False, members=0), 'texture without transformers': partial(texture_model, members=0)}
+once = {'baselines': baselines, 'depth': depth_maps, 'ridge': ridges, 'texture without array and transformers': partial(texture_model, use_array=False, members=0), 'texture without transformers': partial(texture_model, members=0)}
 
 @cache
 def counts():

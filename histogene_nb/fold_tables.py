@@ -108,8 +108,8 @@ def mean_measures(
                         for f in folds])
     scores['better_than_mean'] = (scores.relative_error < 1).astype(float)
     by = scores.groupby(['method', 'fold', 'section', 'seed'], sort=False)
-    kept = ['r', 'ceiling', 'sd_ratio', 'relative_error', 'better_than_mean', 'moran',
-            'moran_observed']
+    kept = ['r', 'ceiling', 'beyond_depth', 'ceiling_beyond_depth', 'sd_ratio', 'relative_error',
+            'better_than_mean', 'moran', 'moran_observed']
     return by[kept].mean().assign(median_r=by.r.median(), n_genes=by.size()).reset_index()
 
 # %% ../nbs/runs/fold_tables.ipynb #69ae9cc6

@@ -10,10 +10,12 @@ __all__ = ['fold_name', 'Fold', 'write_h5ad', 'provenance', 'score', 'read_run',
 import io, json, os, shutil, sys, time
 from collections import namedtuple
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 import anndata as ad, h5py, numpy as np, pandas as pd, torch
 import histogene_nb
 from . import evaluation as ev
+from .depth import beyond_depth, log_total
 from .devices import about_device
 from .expression import SCALES, normalize, select_panel
 from .files import InputError, reading, whole_file
@@ -82,11 +84,13 @@ def score(
     for section in measured:
         name, known = section_name(section), [g for g in mean.index if g in section.var_names]
         observed = normalize(section, known, normalization)
-        limits = pd.DataFrame(dict(ceiling=noise_ceiling(section, known, normalization),
+        depth, ceiling = log_total(section), partial(noise_ceiling, section, known, normalization)
+        limits = pd.DataFrame(dict(ceiling=ceiling(), ceiling_beyond_depth=ceiling(depth=depth),
                                    moran_observed=morans_i(observed)))
         for p in predicted:
             if section_name(p) != name or list(p.obs_names) != list(section.obs_names): continue
             table = (ev.gene_correlations(observed, p[:, known])
+                     .join(beyond_depth(observed, p, depth))
                      .join(gene_measures(observed, p[:, known], mean)).join(limits))
             rows.append(table.rename_axis('gene').reset_index()
                         .assign(method=p.uns['histogene']['predicted_by'], section=name))
@@ -197,7 +201,8 @@ def read_scores(
     file = Path(folder)/'scores.csv'
     with reading(file, 'the scores of a finished fold', _again(file.parent)):
         found = pd.read_csv(file)
-        numbers = ['r', 'n', 'ceiling', 'sd_ratio', 'relative_error', 'moran', 'moran_observed']
+        numbers = ['r', 'n', 'ceiling', 'beyond_depth', 'ceiling_beyond_depth', 'sd_ratio', 'relative_error',
+                   'moran', 'moran_observed']
         found = found.astype({**dict.fromkeys(['method', 'section', 'gene'], str),
                               **dict.fromkeys(numbers, float)}).astype(dict(n=int))
         if (not len(found) or found.duplicated(['method', 'section', 'gene']).any()

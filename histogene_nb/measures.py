@@ -10,6 +10,7 @@ import anndata as ad, numpy as np, pandas as pd, torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 from . import evaluation as ev
+from .depth import beyond_depth
 from .expression import normalize
 from .files import InputError
 from .sections import section_name
@@ -42,16 +43,18 @@ def noise_ceiling(
     normalization:str='paper', # see `normalize`
     halvings:int=10, # pairs of halves, averaged
     seed:int=0, # of the coins
-)->pd.Series: # by gene; 0 where the halves do not agree at all, NaN where a gene does not vary
+    depth:np.ndarray|None=None, # (n,) from `log_total`: the ceiling of r beyond it
+)->pd.Series: # by gene; below 0 where the halves disagree by chance, NaN where a gene does not vary
     """The r with the measured expression that a perfect prediction could reach,
     given the noise of the counts (Spearman-Brown)"""
     if halvings < 1: raise InputError(f'halvings is 1 or more, not {halvings}.')
     r = []
     for i in range(halvings):
         a, b = (normalize(half, panel, normalization) for half in halve_counts(section, seed*halvings + i))
-        r.append(ev.gene_correlations(a, b).r)
-    half = pd.concat(r, axis=1).mean(axis=1).clip(lower=0)
-    return np.sqrt(2*half/(1 + half)).rename('ceiling')
+        r.append(ev.gene_correlations(a, b).r if depth is None else beyond_depth(a, b, depth))
+    half = pd.concat(r, axis=1).mean(axis=1)
+    # cut off at 0, chance would lift a mean over genes
+    return (np.sign(half)*np.sqrt(2*half.abs()/(1 + half.abs()))).rename('ceiling')
 
 # %% ../nbs/judging/measures.ipynb #774b5a13
 def neighbour_graph(
