@@ -5,7 +5,10 @@ import pytest, yaml
 from build_site import listed, table, with_scopes
 from check_site import check_site, read_page
 from conftest import cells, name, notebooks, page_of, root
+from histogene_nb.interface import SpotModel
+from histogene_nb.model import HisToGene
 from nbdev.config import get_config
+from nbdev_pages import ParameterTable
 
 pytestmark = pytest.mark.xdist_group('site')                       # one build for all
 
@@ -75,6 +78,23 @@ def test_api(site):
     assert '<th scope="col">Parameter</th>' in entry and '<th scope="row"><code>root</code></th>' in entry
     assert 'Exported source: read_her2st' in html
     assert not [p.name for p in site.rglob('*.html') if re.search(r'&lt;\w+ \w+ at 0x', p.read_text(encoding='utf-8'))], 'a type or default without a name'
+
+@pytest.mark.parametrize('sym', [SpotModel.train_on, HisToGene], ids=lambda s: s.__qualname__)
+def test_entry(sym):
+    "An entry says what each parameter is, those behind ** too, and links to the line that defines it, wherever the function comes from"
+    entry = ParameterTable(sym)._repr_markdown_()
+    path, line = re.search(r'/blob/\w+/(\S+?)#L(\w+)\)', entry).groups()
+    assert re.search(rf'(def|class) {sym.__name__}\b', (root/path).read_text(encoding='utf-8').splitlines()[int(line) - 1])
+    rows = dict(re.findall(r'^\| <code>(\S+)</code> \|.*\| (.*) \|$', entry, re.M))
+    assert all(rows.values()) and (sym is HisToGene or rows['&#42;&#42;settings'].startswith('of the model and of its training'))
+
+def test_sources(site):
+    "Every source link on the site leads to the line that defines what its entry is about"
+    links = [(m, p) for p in site.rglob('*.html') for m in re.findall(r'/blob/\w+/([\w/]+\.py)#L(\w+)"[^>]*>source</a>.*?<h3[^>]*>(.*?)</h3>', p.read_text(encoding='utf-8'), re.S)]
+    for (path, line, entry),page in links:
+        name = re.sub('<.*?>', '', entry).split('.')[-1].strip()
+        assert re.search(rf'(def|class) {name}\b', (root/path).read_text(encoding='utf-8').splitlines()[int(line) - 1]), (page.name, name)
+    assert len(links) > 100
 
 def test_what_is_folded(site):
     "Code of private names alone is folded, with its names, and what says `#| fold`; all other exported code is open."

@@ -23,7 +23,7 @@ from histogene_nb.commands import histogene_predict, histogene_reproduce, histog
 from histogene_nb.fold_tables import read_tables
 from histogene_nb.folds import provenance, write_h5ad
 from histogene_nb.cscc import read_cscc, write_cscc
-from histogene_nb.evaluation import enrich_pathways
+from histogene_nb.ranking import enrich_pathways
 from histogene_nb.expression import read_panel
 from histogene_nb.interface import from_pretrained, save_pretrained, predict
 from histogene_nb.patches import cut_patches, extract_patches

@@ -4,7 +4,7 @@ from inspect import Parameter
 from pathlib import Path
 from types import FunctionType
 from execnb.nbio import mk_cell
-from fastcore.docments import docments
+from fastcore.docments import docments, qual_name
 from nbdev.config import get_config
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -75,13 +75,15 @@ class ParameterTable(BasicMarkdownRenderer):
         sig = ', '.join(map(str, params))
         if len(self.nm + sig) > 85: sig = '\n    ' + ',\n    '.join(map(str, params)) + '\n'
         self.dm = f'{self.nm}({sig})'
+        self.fn = qual_name(self.sym)                                     # nbdev finds the line of a name, and not of module.name: that link would end in #LNone
 
     def _repr_markdown_(self):
-        about = {k:v for k,v in docments(self.sym, full=True).items() if k != 'self'}
+        about = {k:v for k,v in docments(self.sym, full=True, args_kwargs=True).items() if k != 'self'}
         if not any(v.get('docment') for v in about.values()): return super()._repr_markdown_()
         def row(name, v):                                                 # HTML: in backticks a parameter that is called as some function would become a link to that
             default = '' if name == 'return' or v['default'] is Parameter.empty else f"`{one_line(getattr(v['default'], '__name__', repr(v['default'])))}`"
-            return '*returns*' if name == 'return' else f'<code>{name}</code>', type_name(v['anno']), default, one_line(v['docment'] or '')
+            stars = {Parameter.VAR_POSITIONAL: '&#42;', Parameter.VAR_KEYWORD: '&#42;'*2}.get(v.get('kind'), '')
+            return '*returns*' if name == 'return' else f'<code>{stars}{name}</code>', type_name(v['anno']), default, one_line(v['docment'] or '')
         rows = [row(k, v) for k,v in about.items() if k != 'return' or v['docment']]
         table = [('Parameter', 'Type', 'Default', 'What it is'), ('---',)*4, *rows]
         return super()._repr_markdown_() + '\n\n' + '\n'.join(f'| {" | ".join(r)} |' for r in table)
