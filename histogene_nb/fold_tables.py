@@ -13,6 +13,7 @@ import anndata as ad, numpy as np, pandas as pd
 import histogene_nb
 from . import evaluation as ev
 from .expression import SCALES, normalize
+from .progress import working
 from .files import InputError, whole_file
 from .folds import (finished_folds, fold_name, fold_names, read_prediction, read_run,
                                 read_scores)
@@ -203,6 +204,7 @@ def _made_from(folds, tables, gene_sets):
                 histogene_nb=histogene_nb.__version__)
 
 # %% ../nbs/runs/fold_tables.ipynb #415b9e80
+@working('tables')
 def write_tables(
     run:str|Path, # folder of a run
     folder:str|Path, # where the tables go
