@@ -16,6 +16,7 @@ from fastcore.script import call_parse
 from typing import Annotated
 from .files import (InputError, data_folder, look_for, model_files, published_sections,
                                 reading, whole_file)
+from .progress import working
 
 # %% ../nbs/runs/commands.ipynb #4dff0701
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
@@ -53,7 +54,7 @@ def _shell(func):
         if not _typed(func.__name__): return func(*args, **kwargs)
         rank, name = _torchrun('RANK', 0), func.__name__
         try:
-            with redirect_stdout(io.StringIO() if rank else sys.stdout): return func(*args, **kwargs)
+            with redirect_stdout(io.StringIO() if rank else sys.stdout), working(name): return func(*args, **kwargs)
         except InputError as e:
             sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {" ".join(str(e).splitlines())}')
         except KeyboardInterrupt:
@@ -361,20 +362,17 @@ def histogene_demo(
 ):
     "Train on synthetic tissue, predict a held-out section at spots and 4x, evaluate, write a report"
     import pandas as pd
-    from tqdm.auto import tqdm
     from histogene_nb import evaluation as ev
     from histogene_nb.folds import provenance, write_h5ad
     from histogene_nb.expression import normalize, select_panel
     from histogene_nb.interface import predict, save_pretrained
     from histogene_nb.model import HisToGene
     from histogene_nb.superres import predict_superres, recover_spots
-    from histogene_nb.tissue import synthetic_section
+    from histogene_nb.tissue import synthetic_sections
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
-    sections = [synthetic_section(out/'sections', n, seed)
-                for n in tqdm(names, desc='synthetic tissue', unit='section')]
-    *training, held_out = sections
+    *training, held_out = synthetic_sections(out/'sections', names, seed)
     panel = select_panel(training, n_top=120, min_spots=200)
     model, losses = HisToGene.train_on(training, panel, epochs=epochs, lr=1e-3, seed=seed, device=device,
                                        dim=128, depth=2, heads=4)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd, pooch, requests
 from anndata import AnnData
 from scipy import sparse
-from tqdm.auto import tqdm
 from .files import InputError, whole_file
+from .progress import working
 from .her2st import find_file, join_counts
 from .sections import check_counts, new_section, place
 
@@ -96,7 +96,8 @@ def _fetch_unpacked(url, path):
     with whole_file(path) as part:
         packed = Path(f'{part}.gz')
         try:
-            pooch.HTTPDownloader(timeout=60)(url, str(packed), None)
+            with working(path.name, None, 'B', unit_scale=True) as bar:
+                pooch.HTTPDownloader(timeout=60, progressbar=bar)(url, str(packed), None)
             with gzip.open(packed) as f, open(part, 'wb') as out: shutil.copyfileobj(f, out)
         except requests.RequestException as e:
             raise InputError(f'{url}: cannot be downloaded ({e}). Check the network and the address, '
@@ -120,6 +121,6 @@ def download_cscc(
         files = [f'{s}_{name}_stdata.tsv', f'{s}_spot_data-selection-{name}.tsv'] + [f'{s}_{name}.jpg']*images
         wanted += [(f'{base_url.rstrip("/")}/{s[:-3]}nnn/{s}/suppl/{f}.gz', root/f) for f in files
                    if not (root/f).is_file()]
-    for url,path in tqdm(wanted, unit='file', desc='cSCC data', disable=not progress):
-        _fetch_unpacked(url, path)
+    with working('cSCC data', wanted, 'file', progress) as files:
+        for url,path in files: _fetch_unpacked(url, path)
     return root

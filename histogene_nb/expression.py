@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from anndata import AnnData
 from scipy import sparse
+from .progress import working
 from .files import InputError
 from .sections import section_name
 
@@ -81,6 +82,7 @@ def variable_genes(
     return list(section.var_names[found.highly_variable])
 
 # %% ../nbs/idea/expression.ipynb #35352ef3
+@working('choosing genes')
 def select_panel(
     sections:list, # AnnData, raw counts: training sections only, or the test section leaks into the choice
     n_top:int=1000, # highly variable genes a section

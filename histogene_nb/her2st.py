@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pooch, requests
 from anndata import AnnData
 from scipy import sparse
-from tqdm.auto import tqdm
 from .files import InputError, data_folder, published_sections, whole_file
+from .progress import working
 from .sections import check_counts, new_section, place, section_name
 
 # %% ../nbs/tissue/her2st.ipynb #902fbb51
@@ -289,7 +289,9 @@ def _fetch(url, path, sha, retries):
     "Download one file correctly or not at all"
     with whole_file(path) as part:
         for left in reversed(range(retries + 1)):
-            try: pooch.HTTPDownloader(timeout=60)(url, str(part), None)
+            try:
+                with working(path.name, None, 'B', unit_scale=True) as bar:
+                    pooch.HTTPDownloader(timeout=60, progressbar=bar)(url, str(part), None)
             except requests.RequestException as e:
                 gone = e.response is not None and e.response.status_code in (401, 403, 404, 410)
                 if left and not gone: time.sleep(1); continue
@@ -319,8 +321,6 @@ def download_her2st(
     published_sections(names, list(catalogue.index))
     wanted = catalogue.loc[names, kinds].stack().dropna().unique()
     missing = [p for p in wanted if not ((root/p).is_file() and git_blob_sha1(root/p) == hashes[p])]
-    bar = tqdm(missing, unit='file', desc='HER2+ data', disable=not (progress and missing))
-    for p in bar:
-        bar.set_postfix_str(p)
-        _fetch(f'{base_url.rstrip("/")}/data/{p}', root/p, hashes[p], retries)
+    with working('HER2+ data', missing, 'file', progress) as files:
+        for p in files: _fetch(f'{base_url.rstrip("/")}/data/{p}', root/p, hashes[p], retries)
     return root

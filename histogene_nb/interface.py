@@ -8,7 +8,7 @@ __all__ = ['MODELS', 'SpotModel', 'run_model', 'tiles', 'parts', 'look_and_run',
 
 # %% ../nbs/models/interface.ipynb #b1923e96
 import inspect, json, os, re, sys
-from contextlib import suppress
+from contextlib import contextmanager, ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
@@ -16,6 +16,7 @@ from anndata import AnnData
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .files import InputError, model_files, whole_file
+from .progress import working
 from .devices import (add_up, default_device, drawn_from, enough_memory, mixed,
                                   precision_on, processes)
 from .sections import place, section_name
@@ -209,7 +210,8 @@ def _examples(model, sections, device, cache):
         for s in sections[rank::world]: _seen(model, s, cache)
         add_up(torch.zeros(1))                                             # until all have done theirs
     targets = lambda s: normalize(s, model.about['genes'], model.about['normalization']).X
-    return [(*_seen(model, s, cache), torch.from_numpy(targets(s))) for s in sections]
+    with working('looking at sections', sections, 'section') as each:
+        return [(*_seen(model, s, cache), torch.from_numpy(targets(s))) for s in each]
 
 def _geometry(sections):
     "What predictions need of the training sections' geometry; no grid where spots lie on one line"
@@ -218,6 +220,15 @@ def _geometry(sections):
     return known
 
 # %% ../nbs/models/interface.ipynb #50c4191c
+@contextmanager
+def _by_layer(model):
+    "A bar that moves with the model's transformer layers, since one pass over a long sequence takes minutes"
+    layers = [m for name,found in model.named_modules() if name.endswith('blocks') and not model.alone
+              for m in found.children()]
+    with working('prediction', len(layers) or 1, 'layer') as bar, ExitStack() as hooks:
+        for m in layers: hooks.callback(m.register_forward_hook(lambda *_: bar.update()).remove)
+        yield
+
 @torch.no_grad()
 def run_model(
     model:SpotModel, # moved to the device
@@ -230,7 +241,7 @@ def run_model(
     precision = precision_on(device, precision, model) if model.rounds else 'float32'
     model.check(*seen, wait=True)
     advice = 'Predict in tiles (tile=40, or --tile 40), or on another device.'
-    with enough_memory(device, f'A sequence of {n} patches', advice), mixed(device, precision):
+    with enough_memory(device, f'A sequence of {n} patches', advice), mixed(device, precision), _by_layer(model):
         model.to(device).eval()
         X = model(*(t.to(device) for t in seen)).float().cpu().numpy()
     if X.shape != (n, genes := model.config.get('n_genes', X.shape[-1])): raise InputError(
@@ -314,10 +325,12 @@ def predict(
     "Predict the expression of a section's spots from its image"
     X = np.empty((len(section), len(model.known('genes'))), dtype=np.float32)
     model.to(default_device(device))  # before it looks at the section
-    for seen,kept in parts(model, section.obsm['spatial']/place(section).diameter, tile):
-        part = AnnData(obs=section.obs.iloc[seen], obsm={'spatial': section.obsm['spatial'][seen]},
-                       uns=dict(section.uns))
-        X[seen[kept]] = look_and_run(model, part, device, cache, precision)[kept]
+    some = list(parts(model, section.obsm['spatial']/place(section).diameter, tile))
+    with working('prediction', some, 'part') as some:
+        for seen,kept in some:
+            part = AnnData(obs=section.obs.iloc[seen], obsm={'spatial': section.obsm['spatial'][seen]},
+                           uns=dict(section.uns))
+            X[seen[kept]] = look_and_run(model, part, device, cache, precision)[kept]
     return predicted_section(model, section, X, model.name)
 
 # %% ../nbs/models/interface.ipynb #a7b5f393

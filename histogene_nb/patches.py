@@ -17,6 +17,7 @@ from scipy import ndimage
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 from .files import InputError, whole_file
+from .progress import working
 from .images import as_rgb, decoding, open_image
 from .sections import place
 
@@ -67,9 +68,10 @@ def cut_patches(
     centres = _checked(centres, dict(size=size, side=side), getattr(image, 'filename', '') or 'This image')
     image = as_rgb(image)
     patches, padded = np.empty((len(centres), 3, size, size), dtype=np.uint8), 0
-    for out,(x,y) in zip(patches, centres):
-        patch, over = _window(image, x, y, side, size)
-        out[:], padded = patch.transpose(2, 0, 1), padded + over
+    with working('cutting patches', centres, 'patch') as centres:
+        for out,(x,y) in zip(patches, centres):
+            patch, over = _window(image, x, y, side, size)
+            out[:], padded = patch.transpose(2, 0, 1), padded + over
     return torch.from_numpy(patches), padded
 
 # %% ../nbs/idea/patches.ipynb #bb68463e

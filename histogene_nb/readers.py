@@ -10,6 +10,7 @@ from pathlib import Path
 from anndata import AnnData
 from .cscc import cscc_catalogue, cscc_folder, read_cscc
 from .files import InputError, data_folder
+from .progress import working
 from .h5ad import read_h5ad
 from .her2st import her2st_catalogue, read_her2st
 from .spatialdata import find_store, read_spatialdata
@@ -17,6 +18,7 @@ from .tables import existing_folder, read_st
 from .visium import find_outs, read_visium
 
 # %% ../nbs/tissue/readers.ipynb #9bd1d82c
+@working('reading')
 def read_section(
     source:str|Path, # a name, such as 'B4' or 'P2_ST_rep1'; or the path of an .h5ad file, a store or a folder
     image:str|Path|None=None, # full-resolution image; found in the folder or the file unless given

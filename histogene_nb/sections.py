@@ -14,6 +14,7 @@ from anndata import AnnData
 from PIL import Image
 from scipy import sparse
 from .files import InputError
+from .progress import working
 from .images import as_rgb, decoding, open_image
 
 # %% ../nbs/idea/sections.ipynb #e77f2660
@@ -222,6 +223,7 @@ def small_copy(
     return np.asarray(small)
 
 # %% ../nbs/idea/sections.ipynb #051b1311
+@working('shrinking the image')
 def add_hires(
     section:AnnData, # with an image path
     max_px:int=1000, # longer side of the thumbnail, pixels

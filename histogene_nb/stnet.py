@@ -17,6 +17,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from .files import InputError
+from .progress import working
 from .devices import full_precision, gradient_scaler, mixed
 from .patches import extract_patches
 from .interface import SpotModel
@@ -162,8 +163,9 @@ class STNet(SpotModel):
         # few at a time: features of a whole section fill the memory
         few = len(patches) if torch.is_grad_enabled() else 32
         ways = range(self.config['views'])
-        return torch.cat([torch.stack([self.once(turn_patches(p, w)) for w in ways]).mean(0)
-                          for p in patches.split(few)])
+        with working('prediction', patches.split(few), 'batch') as batches:
+            return torch.cat([torch.stack([self.once(turn_patches(p, w)) for w in ways]).mean(0)
+                              for p in batches])
 
     def once(self,
         patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
@@ -196,14 +198,15 @@ def spot_batches(
     spots = ConcatDataset([TensorDataset(*e) for e in examples])
     # a last batch of one spot has no spread for batch normalisation
     alone = len(spots) % batch_size == 1 < len(spots)
-    for patches, targets in DataLoader(spots, batch_size, shuffle=True, drop_last=alone):
-        if augment: patches = turn_each(patches)
-        with mixed(device, precision): out = model(patches.to(device))
-        loss = F.mse_loss(out, same_shape(out, targets.to(device)))
-        opt.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(opt); scaler.update()
-        found.append(loss.detach()); seen.append(len(targets))
+    with working('an epoch', DataLoader(spots, batch_size, shuffle=True, drop_last=alone), 'batch') as batches:
+        for patches, targets in batches:
+            if augment: patches = turn_each(patches)
+            with mixed(device, precision): out = model(patches.to(device))
+            loss = F.mse_loss(out, same_shape(out, targets.to(device)))
+            opt.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(opt); scaler.update()
+            found.append(loss.detach()); seen.append(len(targets))
     return sum(l*n for l,n in zip(torch.stack(found).tolist(), seen))/sum(seen)
 
 # %% ../nbs/models/stnet.ipynb #5a700f1c

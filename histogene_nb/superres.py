@@ -12,6 +12,7 @@ import numpy as np, pandas as pd, torch
 from anndata import AnnData
 from scipy import ndimage, sparse
 from .files import InputError
+from .progress import working
 from .devices import default_device
 from .images import image_mpp, open_image
 from .sections import add_hires, place, section_name
@@ -19,7 +20,6 @@ from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
 from .interface import SpotModel, look_and_run, parts
 from .position import model_grid, spot_positions
-from tqdm.auto import tqdm
 
 # %% ../nbs/idea/superres.ipynb #59103a5f
 def average_patches(
@@ -99,10 +99,11 @@ def predict_dense(
     # more positions than the model has: those of a tile begin at its corner
     own = tile is not None and (at.min() < -1 or at.max() > n_pos)
     some, padded = list(parts(model, centres/d, tile)), 0
-    for seen,kept in tqdm(some, desc='prediction', unit='part', disable=len(some) == 1):
-        here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - at[seen].min(0)*own])
-        X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
-        padded += here.uns['histogene'].get('n_padded', 0)
+    with working('prediction', some, 'part') as some:
+        for seen,kept in some:
+            here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - at[seen].min(0)*own])
+            X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
+            padded += here.uns['histogene'].get('n_padded', 0)
     step, corner = d/k, centres[0] - d/2 - where[0]*d/k
     cells, X, cover = average_patches(X, where, k)
     centres = corner + (cells + .5)*step
@@ -142,6 +143,7 @@ def predict_superres(
                          tile, precision)
 
 # %% ../nbs/idea/superres.ipynb #cb0b0687
+@working('recovering spots')
 def recover_spots(
     dense:AnnData, # from `predict_superres`
     section:AnnData, # whose spots to recover

@@ -16,8 +16,8 @@ from anndata import AnnData
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from scipy.spatial import cKDTree
-from tqdm.auto import tqdm
 from .files import InputError
+from .progress import working
 from .devices import (all_digits, default_device, device_of, drawn_from, enough_memory,
                                   full_precision, kept_memory)
 from .sections import place, section_name
@@ -117,15 +117,16 @@ def _window_numbers(textures, image, centres, width, size):
     starts = corners - (side - step)//2
     # small squares several at a time; boxes not all at once, since many that differ take much memory
     several = np.array_split(np.arange(len(corners)), -(-len(corners)*seen**2//_SQUARE**2))
-    for group in tqdm(several, 'textures', unit='part', delay=3, leave=False):
-        tiles, _ = cut_patches(image, starts[group] + side//2, seen, side)
-        maps = [torch.cat([m, m**2, torch.ones_like(m[:, :1])], 1)
-                for m in textures(tiles.to(device_of(textures)))]
-        sums = sums or [torch.zeros(len(centres), m.shape[1]) for m in maps]
-        for j,k in enumerate(group):
-            for here in np.array_split(within[k], len(within[k])//512 + 1):
-                first, last = np.maximum(low[here], corners[k]), np.minimum(high[here], corners[k] + step)
-                for s,m in zip(sums, maps): s[here] += box_sums(m[j], first, last, starts[k], side).cpu()
+    with working('textures', several, 'part') as several:
+        for group in several:
+            tiles, _ = cut_patches(image, starts[group] + side//2, seen, side)
+            maps = [torch.cat([m, m**2, torch.ones_like(m[:, :1])], 1)
+                    for m in textures(tiles.to(device_of(textures)))]
+            sums = sums or [torch.zeros(len(centres), m.shape[1]) for m in maps]
+            for j,k in enumerate(group):
+                for here in np.array_split(within[k], len(within[k])//512 + 1):
+                    first, last = np.maximum(low[here], corners[k]), np.minimum(high[here], corners[k] + step)
+                    for s,m in zip(sums, maps): s[here] += box_sums(m[j], first, last, starts[k], side).cpu()
     numbers = []
     for s in sums:
         mean, square = (s[:, :-1]/s[:, -1:]).chunk(2, 1)
@@ -268,16 +269,17 @@ def inner_folds(
 )->pd.DataFrame: # mean r over genes; a row per rank and alpha, simplest first, a column per section left out
     "How well each setting predicts a training section from the other training sections, by ridge regression"
     found = {}
-    for e in examples:
-        H, T, about = _prepare([o for o in examples if o is not e], max(ranks), use_array, array_from)
-        seen, Y = _see(e.numbers, e.positions, about), e.Y - e.Y.mean(0)
-        for a,w in zip(alphas, _ridge(H, T, alphas)):
-            scores = seen @ w
-            for k in ranks:
-                P = _expression(scores[:, :k], e.positions, about)
-                P = P - P.mean(0)
-                norm = np.sqrt((P**2).sum(0)*(Y**2).sum(0))
-                found[k, a, section_name(e.section)] = ((P*Y).sum(0)[norm > 0]/norm[norm > 0]).mean()
+    with working('inner folds', examples, 'fold') as each:
+        for e in each:
+            H, T, about = _prepare([o for o in examples if o is not e], max(ranks), use_array, array_from)
+            seen, Y = _see(e.numbers, e.positions, about), e.Y - e.Y.mean(0)
+            for a,w in zip(alphas, _ridge(H, T, alphas)):
+                scores = seen @ w
+                for k in ranks:
+                    P = _expression(scores[:, :k], e.positions, about)
+                    P = P - P.mean(0)
+                    norm = np.sqrt((P**2).sum(0)*(Y**2).sum(0))
+                    found[k, a, section_name(e.section)] = ((P*Y).sum(0)[norm > 0]/norm[norm > 0]).mean()
     return pd.Series(found).unstack().loc[list(product(ranks, alphas))].rename_axis(index=['rank', 'alpha'])
 
 # %% ../nbs/models/texture.ipynb #f81bec36
@@ -414,14 +416,14 @@ def _train_member(member, H, T, steps, lr, seed, device):
     H, T = ([torch.from_numpy(h).to(device) for h in H],
             [torch.from_numpy(t/spread).float().to(device) for t in T])
     losses = []
-    with drawn_from(seed, device):
+    with drawn_from(seed, device), working('training', range(steps)) as each:
         for m in member.modules():
             if isinstance(m, (nn.Linear, nn.LayerNorm)): m.reset_parameters()
         nn.init.zeros_(member.head[1].weight); nn.init.zeros_(member.head[1].bias)
         member.to(device).train()
         opt = torch.optim.AdamW(member.parameters(), lr=lr, weight_decay=.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
-        for _ in range(steps):
+        for _ in each:
             loss = 0.
             for h,t in zip(H, T):
                 some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)    # drawn by the processor
@@ -488,7 +490,8 @@ def learn(self:TextureModel,
     for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items():
         getattr(self, k).copy_(torch.as_tensor(v))
     self.to(device)                                               # whole, before its parts are trained
-    each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(self.members)]
+    with working('training', self.members, 'transformer') as members:
+        each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(members)]
     self.about['training'].update(rank=rank, alpha=alpha, use_array=use_array,
                                   array_from=[section_name(s) for s in array_from])
     self.about['inner_folds'] = inner.round(5).reset_index().to_dict('records') if ask else []

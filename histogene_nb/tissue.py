@@ -12,8 +12,8 @@ from anndata import AnnData
 from pathlib import Path
 from PIL import Image
 from scipy.special import expit
-from tqdm.auto import tqdm
 from .files import InputError, whole_file
+from .progress import working
 from .histology import CELL, REGIONS, draw_tissue, patient_of, patient_traits
 from .histology import region_shares, section_layout, seeded
 from .sections import new_section
@@ -218,5 +218,5 @@ def synthetic_sections(
     **kwargs, # more for `synthetic_section`
 )->list: # of sections
     "Several sections of synthetic tissue"
-    return [synthetic_section(folder, n, seed, **kwargs)
-            for n in tqdm(names, 'synthetic tissue', disable=not progress)]
+    with working('synthetic tissue', names, 'section', progress) as names:
+        return [synthetic_section(folder, n, seed, **kwargs) for n in names]

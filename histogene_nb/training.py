@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from anndata import AnnData
 from torch import nn, Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from .files import InputError
+from .progress import working
 from .devices import (add_gradients, add_up, average_buffers, default_device,
                                   drawn_from, enough_memory, gradient_scaler, kept_memory,
                                   memory, mixed, precision_on, processes, PRECISIONS, same_weights)
@@ -146,9 +146,6 @@ def _enough_to_train(device):
     return enough_memory(device, 'Training',
                          'Give fewer or smaller sections, a smaller model, or another device.')
 
-def _bar(epochs, losses, show):
-    return tqdm(total=epochs, initial=len(losses), desc='training', unit='epoch', disable=not show)
-
 def _on_card(examples, device):
     "The examples, moved once where a card has room for them"
     size = sum(t.nbytes for e in examples for t in e)
@@ -198,14 +195,14 @@ def fit(
         _check_agreement(file, losses, precision, world)
         same_weights(model)
         examples, saved = _on_card(examples, device), time.monotonic()
-        with kept_memory(), _bar(epochs, losses, progress and rank == 0) as bar:
+        with kept_memory(), working('training', epochs, 'epoch', progress, initial=len(losses)) as bar:
             while len(losses) < epochs:
                 with drawn_from(seed*1_000_003 + len(losses), device):
                     loss = one_pass(model, opt, examples, device, augment,
                                     precision=precision, scaler=scaler, **more)
                 average_buffers(model)
                 losses.append(_finite(loss, len(losses) + 1, precision))
-                bar.set_postfix(loss=f'{loss:.3f}'); bar.update()
+                bar.set_postfix(loss=f'{loss:.3f}', refresh=False); bar.update()
                 due = time.monotonic() - saved >= every or len(losses) == epochs
                 if file and rank == 0 and due:
                     save_checkpoint(file, model, opt, scaler,
