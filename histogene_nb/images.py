@@ -64,14 +64,44 @@ def decoding(
                          'again.') from e
 
 # %% ../nbs/tissue/images.ipynb #1a24a40f
+def _channels_last(pixels, where):
+    "(h, w, colours) of an array of pixels, wherever its colours are"
+    while pixels.ndim > 3 and 1 in pixels.shape: pixels = pixels.squeeze(pixels.shape.index(1))
+    if pixels.ndim == 2: pixels = pixels[..., None]
+    if pixels.ndim == 3 and pixels.shape[-1] > 4: pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or not pixels.size:
+        raise InputError(f'{where}: pixels of shape {pixels.shape} are not one image in grey or RGB. '
+                         'Export it as that.')
+    return pixels
+
+def _eight_bits(pixels, where):
+    "uint8 of the same shape; floats from 0 to 1, and up to 16 bits, by the largest number in it"
+    if pixels.dtype == np.uint8: return pixels
+    if pixels.dtype.kind not in 'biuf': raise InputError(f'{where}: its pixels are {pixels.dtype}, not numbers.')
+    low, high, real = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == 'f'
+    if pixels.dtype == bool or real and high <= 1.1: top = 1
+    else: top = next((2**b - 1 for b in range(8, 17, 2) if 16 <= high <= (2**b - 1)*(1 + .05*real)), 0)
+    if high == 0: top = 1
+    if not top or not low >= -.05*top*real:
+        raise InputError(f'{where}: its pixels hold values from {low:g} to {high:g}. They are 0 to 1, or whole numbers '
+                         'of 8 to 16 bits. Export it as 8-bit RGB.')
+    if not real: return np.rint(np.arange(top + 1)*255/top).astype(np.uint8)[pixels.astype(np.int32)]
+    return np.rint(pixels*(255/top)).clip(0, 255).astype(np.uint8)
+
 def as_rgb(
-    image:Image.Image, # an open image
+    image:Image.Image|np.ndarray, # an open image; or pixels, (h, w), (h, w, colours) or (colours, h, w), of any type
+    where:str|Path='', # what it is, for the message; the image's own file unless given
 )->Image.Image: # in RGB, white where it was transparent; plain RGB as it is, not yet decoded
-    "An image of any 8-bit mode in RGB"
-    if image.mode[0] in 'IF':
-        raise InputError(f'{getattr(image, "filename", "") or "This image"}: its pixels have more than '
-                         f'8 bits a channel (mode {image.mode}). Export it as 8-bit RGB.')
-    if not image.has_transparency_data: return image if image.mode == 'RGB' else image.convert('RGB')
+    "Any decoded image in RGB, 8 bits a colour; `InputError` where that is not clear"
+    where = where or getattr(image, 'filename', '') or 'This image'
+    if isinstance(image, np.ndarray):
+        pixels = _eight_bits(_channels_last(image, where), where)
+        image = Image.fromarray(pixels.repeat(3, -1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
+    elif image.mode[0] in 'IF': return as_rgb(np.asarray(image), where)
+    if not image.has_transparency_data:
+        try: return image if image.mode == 'RGB' else image.convert('RGB')
+        except ValueError as e: raise InputError(f'{where}: no RGB can be made of its colours ({image.mode}). Export it as '
+                                                 '8-bit RGB.') from e
     image, white = image.convert('RGBA'), Image.new('RGB', image.size, 'white')
     white.paste(image, mask=image)
     return white
