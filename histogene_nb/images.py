@@ -6,14 +6,14 @@
 __all__ = ['max_pixels', 'check_pixels', 'decoding', 'as_rgb', 'TiledImage', 'SlideImage', 'open_image', 'image_mpp']
 
 # %% ../nbs/tissue/images.ipynb #9343c473
-import io, logging, os
+import gzip, io, logging, os
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 import numpy as np
 from openslide import OpenSlide, OpenSlideCache, OpenSlideError
-from PIL import Image
+from PIL import Image, ImageOps
 from tifffile import TiffFile
 from .files import InputError
 
@@ -38,18 +38,47 @@ def check_pixels(
                          f'trust the file set the environment variable HISTOGENE_MAX_PIXELS={n}.')
 
 # %% ../nbs/tissue/images.ipynb #6d39c72e
-def _open_whole(path):
+def _check_file(path, image):
+    "Raise `InputError` where a file is too small for the image that its header claims, at best compression"
+    (w, h), bits = image.size, dict(RGB=24, RGBA=32, LA=16).get(image.mode, 1)
+    least = dict(JPEG=w*h/512, PNG=h*(w*bits/8)/1032).get(image.format, 0)  # a bit for 8 x 8 pixels; deflate's limit
+    if path.suffix != '.gz' and path.stat().st_size < least:
+        raise InputError(f'{path}: its header says {w} x {h} pixels, but its {path.stat().st_size/1e3:,.0f} kB cannot hold '
+                         'that many. Download or export it again.')
+
+def _deep(image):
+    "Whether a PIL image will be made of numbers of more than 8 bits by leaving some out, as Pillow does"
+    if image.format != 'JPEG2000': return any(';16' in str(tile[3]) for tile in image.tile) and image.mode[0] != 'I'
+    image.fp.seek(0)
+    head = image.fp.read(2**16)
+    at = head.find(b'\xff\x4f\xff\x51')                             # where the sizes are; how deep, 42 bytes on
+    return at >= 0 and len(head) > at + 42 and head[at + 42] % 128 > 7
+
+def _upright(path, image):
+    "A PIL image as it should be seen: all its bits, and turned as its file says; nothing is decoded where that is plain"
+    if _deep(image):
+        import imagecodecs                                                  # only this needs it
+        decode = dict(PNG=imagecodecs.png_decode, JPEG2000=imagecodecs.jpeg2k_decode).get(image.format)
+        if not decode: raise InputError(f'{path}: its pixels have more than 8 bits a colour. Export it as 8-bit RGB.')
+        image.fp.seek(0)
+        with decoding(path): image, exif = as_rgb(decode(image.fp.read()), path), Image.Image.getexif(image)
+        if exif: image.info['exif'] = exif.tobytes()
+    if image.format == 'TIFF' or Image.Image.getexif(image).get(274, 1) == 1: return image    # Pillow turns TIFFs
+    with decoding(path): return ImageOps.exif_transpose(image)
+
+def _open_whole(path, frame=0):
     "The PIL image: its size is known, no pixel is decoded"
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = None
-        image = Image.open(path)
+        image = Image.open(gzip.open(path) if path.suffix == '.gz' else path)
+        image.seek(frame)
+        image.filename = str(path)
     except Exception as e:
         raise InputError(f'{path}: cannot be read as an image ({e}). Download or export it again.') from e
     finally: Image.MAX_IMAGE_PIXELS = limit
-    try: check_pixels(path, *image.size)
+    try: check_pixels(path, *image.size); _check_file(path, image); return _upright(path, image)
     except InputError: image.close(); raise
-    return image
 
 # %% ../nbs/tissue/images.ipynb #7fd5d8fc
 @contextmanager
@@ -59,6 +88,9 @@ def decoding(
     "Turn what Pillow, OpenSlide or a decoder raises inside into an `InputError` about the image"
     try: yield
     except InputError: raise
+    except MemoryError as e:
+        raise InputError(f'{path}: there is too little memory to decode this image. Close other programs, or export it as '
+                         'a tiled TIFF, which is read region by region.') from e
     except Exception as e:                                   # Pillow and its like raise errors of all kinds
         raise InputError(f'{path}: the image is damaged or incomplete ({e}). Download or export it '
                          'again.') from e
@@ -266,14 +298,29 @@ def _open_slide(path):
     except InputError: slide.close(); raise
 
 # %% ../nbs/tissue/images.ipynb #bd568083
+def _decoded(path, series):
+    "An image in a TIFF file that is neither in 8 bits nor in one page, decoded whole"
+    sizes = {a: n for a,n in zip(series.axes, series.shape) if n > 1 or a in 'XY'}
+    axes, page = ''.join(sizes), series.keyframe
+    if axes not in ('YX', *(c + 'YX' for c in 'SCQI'), 'YXS', 'YXC') or int(page.photometric) not in (1, 2):
+        raise InputError(f'{path}: this TIFF is of {series.dtype} with axes {series.axes} of '
+                         f'{series.shape}, not one image in 8-bit RGB. Export it as that.')
+    check_pixels(path, sizes['X'], sizes['Y'])
+    with decoding(path):
+        image = as_rgb(series.asarray().reshape(tuple(sizes.values())), path)
+        image.getexif()[274] = page.tags.valueof(274, 1)
+        return ImageOps.exif_transpose(image)
+
 def _levels(path, tif):
-    "The largest image in a TIFF file and its pyramid, as a `TiledImage`; None where Pillow should read it"
+    "The largest image in a TIFF file, with its pyramid if it is in tiles; None where Pillow should read the first"
     def area(s): return _sizes(s).get('X', 0)*_sizes(s).get('Y', 0)
     series = max(tif.series, key=area)
-    if not (series.keyframe.is_tiled or tif.is_ome or area(series) > max_pixels()): return
-    if series.dtype.itemsize > 1:
-        raise InputError(f'{path}: its pixels have more than 8 bits a channel ({series.dtype}). '
-                         'Export it as 8-bit RGB.')
+    page = series.keyframe
+    if series.dtype.itemsize > 1 or not tif.is_ome and len(series.pages) > 1 and not _tile_mode(series):
+        return _decoded(path, series)
+    if not (page.is_tiled or tif.is_ome or area(series) > max_pixels()):
+        if len(series.pages) > 1: return _decoded(path, series)
+        return _open_whole(path, page.index) if isinstance(page.index, int) and page.index else None
     if not _tile_mode(series):
         if not tif.is_ome: return
         raise InputError(f'{path}: this OME-TIFF is of {series.dtype} with axes {series.axes} of '
@@ -296,7 +343,7 @@ def _open_tiles(path):
     except InputError: raise
     except Exception: pass                                          # from inside: damaged, or not known to it
     finally:
-        if tif and not image: tif.close()
+        if tif and not isinstance(image, TiledImage): tif.close()
     return image
 
 # %% ../nbs/tissue/images.ipynb #f0078269
