@@ -16,7 +16,7 @@ from .files import InputError, reading
 from .images import as_rgb
 from .sections import check_sparse, new_section, place
 from .tables import read_report
-from .visium import image_scale
+from .matching import image_scale
 
 # %% ../nbs/tissue/h5ad.ipynb #aba865bb
 def _rescale(section, factor):
@@ -47,7 +47,7 @@ def _set_image(section, file, image):
         for k in ('image_width', 'image_height'): metadata.pop(k, None)
         metadata['source_image_path'] = str(image)
         known = small is not None and scale
-        return _rescale(section, image_scale(image, np.shape(small)[1::-1], scale) if known else 1.)
+        return _rescale(section, image_scale(image, small, scale)[0] if known else 1.)
     if named:
         there = [p for p in (Path(named), file.parent/Path(named).name) if p.is_file()]
         if there:

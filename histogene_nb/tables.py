@@ -15,6 +15,7 @@ from anndata.utils import make_index_unique
 from scipy.spatial import cKDTree
 from .files import InputError, reading
 from .her2st import join_report
+from .matching import image_notes
 from .sections import new_section, place
 
 # %% ../nbs/tissue/tables.ipynb #4411b819
@@ -191,6 +192,7 @@ def array_positions(
 _NOTES = dict(not_in_tissue='with counts but not in tissue, left out',
               genes_renamed='genes renamed because another has the same symbol',
               counts_without_position='with counts but without a position, left out',
+              off_image='off the image, left out',
               positions_without_counts='with a position but without counts, left out')
 
 def read_report(
@@ -205,7 +207,7 @@ def read_report(
     if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
     notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
-    return '; '.join([join_report(section), *where, *notes, image + scale, wide])
+    return '; '.join([join_report(section), *where, *notes, image + scale, wide, *image_notes(section)])
 
 # %% ../nbs/tissue/tables.ipynb #773372e7
 def _st_files(folder, counts, coordinates, image):
