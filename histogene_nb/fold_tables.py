@@ -12,10 +12,13 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
 import histogene_nb
 from . import evaluation as ev
+from .clusters import cluster_spots, label_ari
 from .expression import SCALES, normalize
+from .progress import working
 from .files import InputError, whole_file
 from .folds import (finished_folds, fold_name, fold_names, read_prediction, read_run,
                                 read_scores)
+from .ranking import enrich_pathways, rank_genes
 
 # %% ../nbs/runs/fold_tables.ipynb #b73e1a24
 def read_tables(
@@ -115,7 +118,7 @@ def mean_measures(
 # %% ../nbs/runs/fold_tables.ipynb #69ae9cc6
 def _best(tables):
     "Each method's genes by the paper's ranking; the training mean has no r, and so none"
-    return {m: ev.rank_genes(by) for m,by in correlations(tables).items()
+    return {m: rank_genes(by) for m,by in correlations(tables).items()
             if any(c.r.notna().any() for c in by.values())}
 
 def _best_there(tables):
@@ -167,10 +170,10 @@ def _maps(folds, tables, read):
         measured = read(section)
         for p in _observed_and_predicted(measured, section, mine):
             if _constant(p): continue
-            found, method = ev.cluster_spots(p), p.uns['histogene']['predicted_by']
+            found, method = cluster_spots(p), p.uns['histogene']['predicted_by']
             recovered = list(p.obs_names) == list(measured.obs_names)
             if recovered and 'annotation' in measured.obs:
-                ari = ev.label_ari(measured.obs.annotation, found)
+                ari = label_ari(measured.obs.annotation, found)
                 clusters.append(dict(section=section, method=method, **ari))
             if not recovered and section not in dense: continue
             genes = [g for g in at_spots if g in p.var_names] if recovered else dense[section]
@@ -192,7 +195,7 @@ def _tables(run, folds, read, gene_sets):
     tables['clusters'], tables['maps'] = _maps(folds, tables, read)
     ranked = _best(tables)
     if gene_sets is not None and ranked:
-        found = {m: ev.enrich_pathways(r, gene_sets).reset_index() for m,r in ranked.items()}
+        found = {m: enrich_pathways(r, gene_sets).reset_index() for m,r in ranked.items()}
         tables['pathways'] = pd.concat([t.assign(method=m) for m,t in found.items()])
     return tables
 
@@ -203,6 +206,7 @@ def _made_from(folds, tables, gene_sets):
                 histogene_nb=histogene_nb.__version__)
 
 # %% ../nbs/runs/fold_tables.ipynb #415b9e80
+@working('tables')
 def write_tables(
     run:str|Path, # folder of a run
     folder:str|Path, # where the tables go

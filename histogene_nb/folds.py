@@ -19,6 +19,7 @@ from .depth import beyond_depth, log_total
 from .devices import about_device
 from .expression import SCALES, normalize, select_panel
 from .files import InputError, reading, whole_file
+from .progress import working
 from .measures import gene_measures, morans_i, noise_ceiling
 from .sections import leave_one_out, section_name
 
@@ -37,6 +38,7 @@ class Fold(namedtuple('Fold', 'method training test seed', defaults=[0])):
         return f'{self.method}-{fold_name(self.test)}-seed{self.seed}'
 
 # %% ../nbs/runs/folds.ipynb #11602bcd
+@working('writing')
 def write_h5ad(
     section:ad.AnnData, # measured or predicted
     path:str|Path, # ends in .h5ad
@@ -73,6 +75,7 @@ def provenance(
     return {**out, **more}
 
 # %% ../nbs/runs/folds.ipynb #97b30210
+@working('scoring')
 def score(
     measured:list, # test sections, raw counts
     predicted:list, # predicted sections; those not at the spots (super-resolved) are not scored
