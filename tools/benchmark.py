@@ -1,7 +1,7 @@
 """Measure the package beside a straightforward version of the same step, on five real HER2+ sections.
 
     HISTOGENE_DATA=... python tools/benchmark.py             all steps, into histogene_nb/results/benchmark.json
-    HISTOGENE_DATA=... python tools/benchmark.py load epoch  some of them; the others' last results stay
+    HISTOGENE_DATA=... python tools/benchmark.py load epoch  some of them, or parts such as superres_ours; the others' last results stay
 
 The straightforward version does what is known of the released code: whole images as float32 in memory, a loop over spots,
 attention as an N x N matrix, Adam without fusing. Each measurement is a process of its own, so that its peak memory is its own.
@@ -284,23 +284,30 @@ def measure(step):
     print(step, out.stdout.strip(), flush=True)
     return json.loads(out.stdout.splitlines()[-1])
 
-def main(steps):
+def main(names):
     global cache
+    todo = {s: [p for p in parts if s in names or p in names] for s,parts in STEPS.items()}
     with tempfile.TemporaryDirectory() as folder:
         os.environ['BENCHMARK_CACHE'] = cache = folder
-        for n in SECTIONS if steps != ['answers'] else (): training_example(read_her2st(data_folder(), n, verbose=False), the_panel(), cache=cache)     # warm
-        if 'superres' in steps: dense_input()
-        if 'stream' in steps: warm_many(32)
-        found = {s: measure(s) for step in steps for s in STEPS[step]}
-    made_by = dict(histogene_nb=histogene_nb.__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', processor=processor(), fast_bfloat16=fast_bfloat16(), threads=torch.get_num_threads(), date=time.strftime('%Y-%m-%d'), sections=SECTIONS)
+        for n in SECTIONS if names != ['answers'] else (): training_example(read_her2st(data_folder(), n, verbose=False), the_panel(), cache=cache)     # warm
+        if todo['superres']: dense_input()
+        if todo['stream']: warm_many(32)
+        found = {p: {**measure(p), 'processor': processor(), 'date': time.strftime('%Y-%m-%d')} for parts in todo.values() for p in parts}
+    made_by = dict(histogene_nb=histogene_nb.__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', processor=processor(), fast_bfloat16=fast_bfloat16(),
+                   threads=torch.get_num_threads(), date=time.strftime('%Y-%m-%d'), sections=SECTIONS)
     result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    for step in steps:
-        parts = STEPS[step]
-        result[step] = {'command': f'python tools/benchmark.py {step}', **made_by, **({s: found[s] for s in parts} if len(parts) > 1 else found[parts[0]])}
-        if step in ('load', 'superres'): result[step]['ours over plain'] = {k: found[parts[1]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB', 'above_imports_GB', 'own_GB') if k in found[parts[0]]}
-        if step == 'superres': result[step]['bfloat16 over plain'] = {k: found[parts[2]][k]/found[parts[0]][k] for k in ('seconds', 'peak_GB')}
+    for step,parts in todo.items():
+        if not parts: continue
+        one = len(STEPS[step]) == 1
+        kept = {p: {'date': result[step]['date'], **result[step][p]} for p in STEPS[step] if p in result.get(step, {})}   # of an earlier day
+        all_parts = {**kept, **{p: found[p] for p in parts}}
+        result[step] = {'command': f'python tools/benchmark.py {step}', **made_by, **(found[parts[0]] if one else all_parts)}
+        if step in ('load', 'superres') and len(all_parts) == len(STEPS[step]):
+            plain, ours, *half = (all_parts[p] for p in STEPS[step])
+            result[step]['ours over plain'] = {k: ours[k]/plain[k] for k in ('seconds', 'peak_GB', 'above_imports_GB', 'own_GB') if k in plain}
+            if half: result[step]['bfloat16 over plain'] = {k: half[0][k]/plain[k] for k in ('seconds', 'peak_GB')}
     RESULT.write_text(json.dumps(result, indent=1, default=float) + '\n')
-    print(json.dumps({s: result[s] for s in steps}, indent=1, default=float))
+    print(json.dumps({s: result[s] for s,parts in todo.items() if parts}, indent=1, default=float))
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--step']: print(json.dumps(globals()[sys.argv[2]](), default=float))
