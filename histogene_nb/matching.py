@@ -57,15 +57,15 @@ def turned(
 
 @lru_cache(4)
 def _thumbnail(path, *state):
-    with open_image(path) as im, decoding(path): return im.size, small_copy(im, 600)
+    with open_image(path) as im, decoding(path): return small_copy(im, 600)
 
 def thumbnail(
     path:str|Path, # of an image
 )->tuple: # the image's width and height; uint8 (h, w, 3), a copy whose longer side has at most 600 pixels
     "A small copy of an image, made once"
-    path = Path(path)
-    state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else ()
-    return _thumbnail(path, *state)
+    with open_image(path) as im: size = im.size
+    known = Path(path).stat()
+    return size, _thumbnail(str(path), size, known.st_mtime_ns, known.st_size)
 
 # %% ../nbs/tissue/matching.ipynb #921da2d0
 ADVICE = 'Give the image that the positions were measured on, neither turned nor cropped.'
