@@ -14,12 +14,12 @@ from anndata.utils import make_index_unique
 from PIL import Image
 from scipy import sparse
 from .files import InputError, reading
-from .her2st import in_tissue
+from .her2st import chosen_spots
 from .images import as_rgb, open_image
-from .sections import check_sparse, new_section, place
-from .tables import (PATIENT, PIXELS, array_positions, on_image, read_report,
-                                 rows_for_columns, whole_counts, without_glass)
-from .visium import image_scale
+from .matching import count_on_tissue, image_scale
+from .sections import check_sparse, new_section, on_image, place
+from .tables import (PATIENT, PIXELS, array_positions, read_report, rows_for_columns,
+                                 whole_counts, without_glass)
 
 # %% ../nbs/tissue/h5ad.ipynb #aba865bb
 def _rescale(section, factor):
@@ -30,16 +30,6 @@ def _rescale(section, factor):
         if k.endswith('_fullres'): factors[k] = factors[k]*factor
         if k.endswith('_scalef'): factors[k] = factors[k]/factor
     h['image_scale'] = float(h.get('image_scale', 1.)*factor)
-
-def _pixels(image):
-    "An embedded image as uint8 in RGB; scanpy keeps them as numbers from 0 to 1"
-    image = np.squeeze(np.asarray(image))                           # (h, w, 1), or one of a series
-    if image.ndim == 3 and image.shape[0] in (3, 4) and image.shape[-1] not in (3, 4): image = np.moveaxis(image, 0, -1)
-    if image.dtype.kind == 'f' and image.max() <= 1: image = np.rint(image*255)
-    if not 0 <= image.min() <= image.max() <= 255:
-        raise InputError(f'the embedded image holds values from {image.min():g} to {image.max():g}; '
-                         'they are 0 to 1, or 8-bit numbers.')
-    return np.asarray(as_rgb(Image.fromarray(image.astype(np.uint8))))
 
 # %% ../nbs/tissue/h5ad.ipynb #6b55cf84
 def _pictures(images, factors):
@@ -60,17 +50,18 @@ def _named_file(named, file):
     return next((p for p in there if p.is_file()), None)
 
 def _set_image(section, file, image):
-    "Settle which image a section from a file has: one given, the one it names, or the one it carries"
+    """Settle which image a section from a file has: one given, the one it names, or the one it carries.
+
+    What is doubtful about it by the picture in the file, or None where there is none to compare with"""
     _, _, images, factors, metadata, named = place(section)
     pictures = _pictures(images, factors)
-    small, scale = (_pixels(pictures[0][1]), pictures[0][2]) if pictures else (None, None)
-    if image:
+    if pictures: small, scale = np.asarray(as_rgb(np.asarray(pictures[0][1]), 'the embedded image')), pictures[0][2]
+    if image := image or _named_file(named, file):
         for k in ('image_width', 'image_height'): metadata.pop(k, None)
         metadata['source_image_path'] = str(image)
-        return _rescale(section, image_scale(image, np.shape(small)[1::-1], scale) if pictures else 1.)
-    if there := _named_file(named, file):
-        metadata['source_image_path'] = str(there)
-        return
+        factor, doubt = image_scale(image, small, scale) if pictures else (1., None)
+        _rescale(section, factor)
+        return doubt
     if not pictures:                                    # none, or said to be missing when it is checked
         if images: section.uns['histogene']['image_left_out'] = (
             f'the scale of {", ".join(map(str, images))} is not known: tissue_hires_scalef is missing')
@@ -128,14 +119,6 @@ def _size(section, at):
     if 'hires' in at.images:
         return tuple(np.array(at.images['hires'].shape[1::-1])/at.scalefactors.get('tissue_hires_scalef', 1))
 
-def _inside(section, at):
-    "Raise `InputError` where a spot lies outside the embedded picture"
-    spatial = section.obsm['spatial']
-    out = ((spatial < 0) | (spatial >= _size(section, at))).any(1)
-    if out.any():
-        raise InputError(f'{at.name}: spot {section.obs_names[out.argmax()]} is outside the embedded '
-                         f'image; {out.sum()} such in all. Is tissue_hires_scalef right?')
-
 # %% ../nbs/tissue/h5ad.ipynb #5e85d8d9
 def check_section(
     section:AnnData, # in the convention, from anywhere
@@ -150,7 +133,6 @@ def check_section(
     again = new_section(counts, genes, section.obs_names, section.obsm['spatial'], obs['array_col'],
                         obs['array_row'], at.name, '', at.path, at.diameter)
     at.metadata.update(place(again).metadata)
-    if not at.path and 'hires' in at.images: _inside(section, at)
     section.uns.setdefault('histogene', {})
 
 # %% ../nbs/tissue/h5ad.ipynb #251327d1
@@ -234,23 +216,25 @@ def _as_section(section, path, image):
     if not {'spatial'} <= set(section.uns) or 'spatial' not in section.obsm: _has_all(section)
     _spatial_numbers(section)
     if 'ST' in section.uns['spatial']: section.uns['spatial'] = {path.name.split('.h5ad')[0]: section.uns['spatial']['ST']}
-    _set_image(section, path, image)
+    compared = _set_image(section, path, image)
     section, by = _kept(section)
     _numbers_on_array(section)
     if not h.get('patient'): section.uns['histogene']['patient'] = _patient(section)
     check_section(section)
-    return section if by or chosen else without_glass(section)
+    return count_on_tissue(section if by or chosen else without_glass(section), compared)
 
 def _kept(section):
     "The spots in tissue that have a place, on the image; and what says which are in tissue"
-    inside, by = in_tissue(section.obs, 'obs')
+    inside, by = chosen_spots(section.obs, 'obs')
     placed = np.isfinite(section.obsm['spatial']).all(1)
     kept, size = inside & placed, _size(section, place(section))
     h = dict(counts_without_position=int((inside & ~placed).sum()))
     if by: h |= dict(tissue_by=by, not_in_tissue=int((~inside).sum()))
     if not kept.any(): raise InputError("obsm['spatial'] has a position for none of the spots in tissue.")
     if size:
-        shown = on_image(section.obsm['spatial'][kept], size)
+        at = place(section)
+        shown = on_image(at.name, Path(at.path).name if at.path else 'in the file', size, section.obs_names[kept],
+                         section.obsm['spatial'][kept])
         kept[kept], h['off_image'] = shown, int((~shown).sum())
     if not kept.all(): section = section[kept].copy()
     section.uns['histogene'].update({k: v for k,v in h.items() if v or k == 'not_in_tissue'})

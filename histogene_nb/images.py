@@ -6,14 +6,14 @@
 __all__ = ['max_pixels', 'check_pixels', 'decoding', 'as_rgb', 'TiledImage', 'SlideImage', 'open_image', 'image_mpp']
 
 # %% ../nbs/tissue/images.ipynb #9343c473
-import io, logging, os
+import gzip, io, logging, os
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 import numpy as np
 from openslide import OpenSlide, OpenSlideCache, OpenSlideError
-from PIL import Image
+from PIL import Image, ImageOps
 from tifffile import TiffFile
 from .files import InputError
 
@@ -38,18 +38,47 @@ def check_pixels(
                          f'trust the file set the environment variable HISTOGENE_MAX_PIXELS={n}.')
 
 # %% ../nbs/tissue/images.ipynb #6d39c72e
-def _open_whole(path):
+def _check_file(path, image):
+    "Raise `InputError` where a file is too small for the image that its header claims, at best compression"
+    (w, h), bits = image.size, dict(RGB=24, RGBA=32, LA=16).get(image.mode, 1)
+    least = dict(JPEG=w*h/512, PNG=h*(w*bits/8)/1032).get(image.format, 0)  # a bit for 8 x 8 pixels; deflate's limit
+    if path.suffix != '.gz' and path.stat().st_size < least:
+        raise InputError(f'{path}: its header says {w} x {h} pixels, but its {path.stat().st_size/1e3:,.0f} kB cannot hold '
+                         'that many. Download or export it again.')
+
+def _deep(image):
+    "Whether a PIL image will be made of numbers of more than 8 bits by leaving some out, as Pillow does"
+    if image.format != 'JPEG2000': return any(';16' in str(tile[3]) for tile in image.tile) and image.mode[0] != 'I'
+    image.fp.seek(0)
+    head = image.fp.read(2**16)
+    at = head.find(b'\xff\x4f\xff\x51')                             # where the sizes are; how deep, 42 bytes on
+    return at >= 0 and len(head) > at + 42 and head[at + 42] % 128 > 7
+
+def _upright(path, image):
+    "A PIL image as it should be seen: all its bits, and turned as its file says; nothing is decoded where that is plain"
+    if _deep(image):
+        import imagecodecs                                                  # only this needs it
+        decode = dict(PNG=imagecodecs.png_decode, JPEG2000=imagecodecs.jpeg2k_decode).get(image.format)
+        if not decode: raise InputError(f'{path}: its pixels have more than 8 bits a colour. Export it as 8-bit RGB.')
+        image.fp.seek(0)
+        with decoding(path): image, exif = as_rgb(decode(image.fp.read()), path), Image.Image.getexif(image)
+        if exif: image.info['exif'] = exif.tobytes()
+    if image.format == 'TIFF' or Image.Image.getexif(image).get(274, 1) == 1: return image    # Pillow turns TIFFs
+    with decoding(path): return ImageOps.exif_transpose(image)
+
+def _open_whole(path, frame=0):
     "The PIL image: its size is known, no pixel is decoded"
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = None
-        image = Image.open(path)
+        image = Image.open(gzip.open(path) if path.suffix == '.gz' else path)
+        image.seek(frame)
+        image.filename = str(path)
     except Exception as e:
         raise InputError(f'{path}: cannot be read as an image ({e}). Download or export it again.') from e
     finally: Image.MAX_IMAGE_PIXELS = limit
-    try: check_pixels(path, *image.size)
+    try: check_pixels(path, *image.size); _check_file(path, image); return _upright(path, image)
     except InputError: image.close(); raise
-    return image
 
 # %% ../nbs/tissue/images.ipynb #7fd5d8fc
 @contextmanager
@@ -59,19 +88,52 @@ def decoding(
     "Turn what Pillow, OpenSlide or a decoder raises inside into an `InputError` about the image"
     try: yield
     except InputError: raise
+    except MemoryError as e:
+        raise InputError(f'{path}: there is too little memory to decode this image. Close other programs, or export it as '
+                         'a tiled TIFF, which is read region by region.') from e
     except Exception as e:                                   # Pillow and its like raise errors of all kinds
         raise InputError(f'{path}: the image is damaged or incomplete ({e}). Download or export it '
                          'again.') from e
 
 # %% ../nbs/tissue/images.ipynb #1a24a40f
+def _channels_last(pixels, where):
+    "(h, w, colours) of an array of pixels, wherever its colours are"
+    while pixels.ndim > 3 and 1 in pixels.shape: pixels = pixels.squeeze(pixels.shape.index(1))
+    if pixels.ndim == 2: pixels = pixels[..., None]
+    if pixels.ndim == 3 and pixels.shape[-1] > 4: pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or not pixels.size:
+        raise InputError(f'{where}: pixels of shape {pixels.shape} are not one image in grey or RGB. '
+                         'Export it as that.')
+    return pixels
+
+def _eight_bits(pixels, where):
+    "uint8 of the same shape; floats from 0 to 1, and up to 16 bits, by the largest number in it"
+    if pixels.dtype == np.uint8: return pixels
+    if pixels.dtype.kind not in 'biuf': raise InputError(f'{where}: its pixels are {pixels.dtype}, not numbers.')
+    low, high, real = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == 'f'
+    if pixels.dtype == bool or real and high <= 1.1: top = 1
+    else: top = next((2**b - 1 for b in range(8, 17, 2) if 16 <= high <= (2**b - 1)*(1 + .05*real)), 0)
+    if high == 0: top = 1
+    if not top or not low >= -.05*top*real:
+        raise InputError(f'{where}: its pixels hold values from {low:g} to {high:g}. They are 0 to 1, or whole numbers '
+                         'of 8 to 16 bits. Export it as 8-bit RGB.')
+    if not real: return np.rint(np.arange(top + 1)*255/top).astype(np.uint8)[pixels.astype(np.int32)]
+    return np.rint(pixels*(255/top)).clip(0, 255).astype(np.uint8)
+
 def as_rgb(
-    image:Image.Image, # an open image
+    image:Image.Image|np.ndarray, # an open image; or pixels, (h, w), (h, w, colours) or (colours, h, w), of any type
+    where:str|Path='', # what it is, for the message; the image's own file unless given
 )->Image.Image: # in RGB, white where it was transparent; plain RGB as it is, not yet decoded
-    "An image of any 8-bit mode in RGB"
-    if image.mode[0] in 'IF':
-        raise InputError(f'{getattr(image, "filename", "") or "This image"}: its pixels have more than '
-                         f'8 bits a channel (mode {image.mode}). Export it as 8-bit RGB.')
-    if not image.has_transparency_data: return image if image.mode == 'RGB' else image.convert('RGB')
+    "Any decoded image in RGB, 8 bits a colour; `InputError` where that is not clear"
+    where = where or getattr(image, 'filename', '') or 'This image'
+    if isinstance(image, np.ndarray):
+        pixels = _eight_bits(_channels_last(image, where), where)
+        image = Image.fromarray(pixels.repeat(3, -1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
+    elif image.mode[0] in 'IF': return as_rgb(np.asarray(image), where)
+    if not image.has_transparency_data:
+        try: return image if image.mode == 'RGB' else image.convert('RGB')
+        except ValueError as e: raise InputError(f'{where}: no RGB can be made of its colours ({image.mode}). Export it as '
+                                                 '8-bit RGB.') from e
     image, white = image.convert('RGBA'), Image.new('RGB', image.size, 'white')
     white.paste(image, mask=image)
     return white
@@ -236,14 +298,29 @@ def _open_slide(path):
     except InputError: slide.close(); raise
 
 # %% ../nbs/tissue/images.ipynb #bd568083
+def _decoded(path, series):
+    "An image in a TIFF file that is neither in 8 bits nor in one page, decoded whole"
+    sizes = {a: n for a,n in zip(series.axes, series.shape) if n > 1 or a in 'XY'}
+    axes, page = ''.join(sizes), series.keyframe
+    if axes not in ('YX', *(c + 'YX' for c in 'SCQI'), 'YXS', 'YXC') or int(page.photometric) not in (1, 2):
+        raise InputError(f'{path}: this TIFF is of {series.dtype} with axes {series.axes} of '
+                         f'{series.shape}, not one image in 8-bit RGB. Export it as that.')
+    check_pixels(path, sizes['X'], sizes['Y'])
+    with decoding(path):
+        image = as_rgb(series.asarray().reshape(tuple(sizes.values())), path)
+        image.getexif()[274] = page.tags.valueof(274, 1)
+        return ImageOps.exif_transpose(image)
+
 def _levels(path, tif):
-    "The largest image in a TIFF file and its pyramid, as a `TiledImage`; None where Pillow should read it"
+    "The largest image in a TIFF file, with its pyramid if it is in tiles; None where Pillow should read the first"
     def area(s): return _sizes(s).get('X', 0)*_sizes(s).get('Y', 0)
     series = max(tif.series, key=area)
-    if not (series.keyframe.is_tiled or tif.is_ome or area(series) > max_pixels()): return
-    if series.dtype.itemsize > 1:
-        raise InputError(f'{path}: its pixels have more than 8 bits a channel ({series.dtype}). '
-                         'Export it as 8-bit RGB.')
+    page = series.keyframe
+    if series.dtype.itemsize > 1 or not tif.is_ome and len(series.pages) > 1 and not _tile_mode(series):
+        return _decoded(path, series)
+    if not (page.is_tiled or tif.is_ome or area(series) > max_pixels()):
+        if len(series.pages) > 1: return _decoded(path, series)
+        return _open_whole(path, page.index) if isinstance(page.index, int) and page.index else None
     if not _tile_mode(series):
         if not tif.is_ome: return
         raise InputError(f'{path}: this OME-TIFF is of {series.dtype} with axes {series.axes} of '
@@ -266,7 +343,7 @@ def _open_tiles(path):
     except InputError: raise
     except Exception: pass                                          # from inside: damaged, or not known to it
     finally:
-        if tif and not image: tif.close()
+        if tif and not isinstance(image, TiledImage): tif.close()
     return image
 
 # %% ../nbs/tissue/images.ipynb #f0078269

@@ -208,9 +208,10 @@ def roughness(
 
 # %% ../nbs/idea/patches.ipynb #18c41025
 def tissue_mask(
-    thumbnail:np.ndarray, # uint8 (h, w, 3), a small version of the whole image, some 500 to 2000 pixels wide
+    thumbnail:np.ndarray, # (h, w, 3), a small version of the whole image, some 500 to 2000 pixels wide; as `as_rgb` takes it
 )->np.ndarray: # bool (h, w), True where there is tissue
     "Tells tissue from glass: tissue is rough, glass (white, smeared or black) is smooth"
+    thumbnail = np.asarray(as_rgb(np.asarray(thumbnail)))
     rough, few, pad = (roughness(thumbnail), thumbnail.shape[0]*thumbnail.shape[1]//200,
                        max(thumbnail.shape)//40)
     if np.ptp(rough) < .1:

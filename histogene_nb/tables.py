@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'IMAGES', 'PIXELS', 'ARRAY', 'PATIENT', 'load_table', 'existing_folder', 'folder_name', 'one_file',
-           'as_numbers', 'whole_counts', 'array_positions', 'read_report', 'on_tissue', 'without_glass', 'on_image',
-           'rows_for_columns', 'read_st']
+           'as_numbers', 'whole_counts', 'array_positions', 'read_report', 'without_glass', 'rows_for_columns',
+           'read_st']
 
 # %% ../nbs/tissue/tables.ipynb #37076d92
 import fnmatch, gzip, re
@@ -14,12 +14,12 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from anndata.utils import make_index_unique
 from scipy import sparse
-from scipy.ndimage import uniform_filter
 from scipy.spatial import cKDTree
 from .files import InputError, reading
-from .her2st import in_tissue, join_report
-from .images import decoding, open_image
-from .sections import new_section, place, small_copy
+from .her2st import chosen_spots, join_report
+from .matching import count_on_tissue, image_notes, thumbnail
+from .patches import in_tissue, tissue_mask
+from .sections import new_section, place
 
 # %% ../nbs/tissue/tables.ipynb #4411b819
 TABLES, IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png', '.tif', '.tiff')
@@ -236,9 +236,9 @@ def array_positions(
 
 # %% ../nbs/tissue/tables.ipynb #0581403c
 _NOTES = dict(on_glass='on glass in the picture, left out (a column in_tissue of 1 keeps them)',
-              off_image='off the image, left out',
               genes_renamed='genes renamed because another has the same symbol',
               counts_without_position='with counts but without a position, left out',
+              off_image='off the image, left out',
               positions_without_counts='with a position but without counts, left out')
 
 def read_report(
@@ -255,59 +255,28 @@ def read_report(
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
     unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue'} & set(h))
     notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
-    return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide])
+    return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide, *image_notes(section)])
 
 # %% ../nbs/tissue/tables.ipynb #670848ab
-def on_tissue(
-    section:AnnData, # with a picture, of which a small copy is looked at
-)->np.ndarray|None: # (n,) bool; None where there is no picture, or one in which tissue cannot be told from glass
-    "Which spots lie on tissue: those with colour in a twentieth of their disc; glass is grey"
-    at = place(section)
-    if at.path:
-        with open_image(at.path) as im:
-            if max(im.size) > 20_000 and not getattr(im, 'smaller', None): return None   # minutes to look at
-            full = max(im.size)
-            with decoding(at.path): small = small_copy(im)
-    elif 'hires' in at.images: small, full = at.images['hires'], max(at.images['hires'].shape[:2])
-    else: return None
-    full = full/at.scalefactors.get('tissue_hires_scalef', 1) if not at.path else full
-    scale, colour = max(small.shape[:2])/full, np.ptp(small.astype(int), axis=2)
-    colourful = colour > min(_otsu(colour), 20)
-    side = max(3, round(at.diameter*scale))
-    share = uniform_filter(colourful.astype(float), side)
-    x, y = (np.clip((section.obsm['spatial'].T*scale).astype(int).T, 0, np.array(colour.shape[::-1]) - 1)).T
-    found = share[y, x] > .05
-    return found if found.any() else None
-
-def _otsu(values):
-    "The number that parts them into two groups, each as alike as can be (Otsu 1979)"
-    n = np.bincount(values.ravel(), minlength=256)
-    below, sums = np.cumsum(n)[:-1], np.cumsum(n*np.arange(len(n)))
-    above = n.sum() - below
-    apart = (sums[:-1]/np.maximum(below, 1) - (sums[-1] - sums[:-1])/np.maximum(above, 1))**2*below*above
-    return int(apart.argmax())
-
 def without_glass(
-    section:AnnData, # whose maker does not say which spots are in tissue
-)->AnnData: # the spots on tissue, where the picture tells; how many were left out is in uns['histogene']
+    section:AnnData, # whose makers do not say which spots are in tissue; with a picture, or none
+)->AnnData: # the spots on tissue; `uns['histogene']` has `on_glass`, how many were left out
     """A section without the spots that lie on glass in its picture, if these are more than one in ten.
 
-    Fewer are kept, and counted: somebody chose the spots, and a pale edge of the tissue is among them"""
-    found = on_tissue(section)
-    if found is None: return section
-    many = found.mean() < .9
-    if many: section = section[found].copy()
-    section.uns['histogene'].update(on_glass=int((~found).sum()) if many else 0, on_tissue=int(found.sum()),
-                                    tissue_by='the picture')
+    Fewer are kept: somebody chose the spots, and a pale edge of the tissue is among them"""
+    at = place(section)
+    if at.path: (wide, _), picture = thumbnail(at.path)
+    elif 'hires' in at.images:
+        picture = np.asarray(at.images['hires'])
+        wide = picture.shape[1]/at.scalefactors.get('tissue_hires_scalef', 1)
+    else: return section
+    try: mask = tissue_mask(picture)
+    except InputError: return section                          # of one colour: nothing tells glass from tissue
+    on = in_tissue(section.obsm['spatial'], mask, picture.shape[1]/wide)
+    if on.mean() >= .9 or not on.any(): return section
+    section = section[on].copy()
+    section.uns['histogene']['on_glass'] = int((~on).sum())
     return section
-
-def on_image(
-    spatial:np.ndarray, # (n, 2) spot centres (x, y) in the pixels of an image
-    size:tuple, # (width, height) of it
-)->np.ndarray: # (n,) bool; all where more than one in ten lie off it: then the image or its scale is wrong
-    "Which spots lie on an image, as one or two may be off its edge"
-    off = ((spatial < 0) | (spatial >= list(size))).any(1)
-    return ~off if off.mean() <= .1 else np.ones(len(spatial), bool)
 
 # %% ../nbs/tissue/tables.ipynb #773372e7
 def _st_files(folder, counts, coordinates, image):
@@ -380,10 +349,8 @@ def read_st(
     placed = (row >= 0) & numbers.notna().all(axis=1).to_numpy()[row]
     if not placed.any():
         raise InputError(f'{coordinates}: no spot has a position. Fill in {" and ".join(pixels)}.')
-    inside, tissue_by = in_tissue(table, coordinates)
+    inside, tissue_by = chosen_spots(table, coordinates)
     kept = placed & inside[row]
-    if image:
-        with open_image(image) as im: kept[kept] = shown = on_image(numbers.iloc[row[kept]][list(pixels)].to_numpy(), im.size)
     spatial, found, diameter = _on_array(numbers.iloc[row[kept]], pixels, array, spot_diameter,
                                          coordinates)
     whole, _ = whole_counts(X.to_numpy()[kept])
@@ -393,10 +360,10 @@ def read_st(
                                     genes_renamed=int(X.columns.duplicated().sum()),
                                     counts_without_position=int((~placed).sum()),
                                     positions_without_counts=int(len(table) - (row >= 0).sum()),
-                                    off_image=int((~shown).sum()) if image else 0,
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
     if tissue_by: section.uns['histogene'].update(tissue_by=tissue_by, not_in_tissue=int((placed & ~inside[row]).sum()))
     else: section = without_glass(section)
+    count_on_tissue(section)
     if verbose: print(read_report(section))
     return section
 
