@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'normalize', 'common_genes', 'variable_genes', 'select_panel', 'read_panel']
 
 # %% ../nbs/idea/expression.ipynb #d87187e4
-import csv, difflib
+import csv, difflib, re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from anndata import AnnData
@@ -52,7 +52,7 @@ def _check_panel(section, panel, method):
     twice = pd.Index(panel)[pd.Index(panel).duplicated()]
     if not len(panel): raise InputError(f'{name}: the panel has no gene.')
     if len(twice): raise InputError(f'{name}: gene {twice[0]} is in the panel twice. Keep it once.')
-    if len(missing) == len(panel) > 1: raise InputError(
+    if len(missing) == len(panel): raise InputError(
         f'{name}: none of the panel\'s {len(panel)} genes is in this section. Do both use gene symbols?{_why(section, missing)}')
     if len(missing): raise InputError(
         f'{name}: gene {missing[0]} of the panel is not in this section ({len(missing)} such in all).{_why(section, missing)} '
@@ -140,7 +140,7 @@ def _cells(text):
     lines = [l for l in text.splitlines() if l.strip()]
     sep = next((s for s in '\t;,' if s in lines[0]), '') if lines else ''
     if not sep and any('\t' in l or ';' in l or ',' in l for l in lines): sep = max('\t;,', key=text.count)
-    if not sep and lines and all('"' in l and ' ' in l for l in lines[1:]): sep = ' '              # write.table
+    if not sep and len(lines) > 1 and all(re.fullmatch(r'"?\d+"? \S+', l) for l in lines[1:]): sep = ' '      # write.table
     rows = [[c.strip().strip('"') for c in r] for r in csv.reader(lines, delimiter=sep or ',', skipinitialspace=True)]
     short = len(rows) > 1 and all(len(r) == len(rows[0]) + 1 for r in rows[1:])
     return [['', *rows[0]], *rows[1:]] if short else rows
@@ -163,6 +163,7 @@ def read_panel(
     column = header.index(known[0]) if known else int(numbered or header[:1] == [''])
     headed = bool(known) or header[:1] == [''] or numbered and not header[0].isdigit()
     panel = [l[column] for l in lines[headed:] if len(l) > column and l[column]]
+    if len(lines) == 1 and not headed: panel = [c for c in lines[0] if c]               # all in one line
     twice = pd.Index(panel)[pd.Index(panel).duplicated()]
     if not panel: raise InputError(f'{path}: there is no gene in this file. Give one symbol a line.')
     if len(twice): raise InputError(f'{path}: gene {twice[0]} is listed twice. Keep it once.')
