@@ -140,7 +140,7 @@ def _cells(text):
     lines = [l for l in text.splitlines() if l.strip()]
     sep = next((s for s in '\t;,' if s in lines[0]), '') if lines else ''
     if not sep and any('\t' in l or ';' in l or ',' in l for l in lines): sep = max('\t;,', key=text.count)
-    if not sep and len(lines) > 1 and all(re.fullmatch(r'"?\d+"? \S+', l) for l in lines[1:]): sep = ' '      # write.table
+    if not sep and len(lines) > 1 and all(re.fullmatch(r'"?\d+"?( \S+)+', l) for l in lines[1:]): sep = ' '      # write.table
     rows = [[c.strip().strip('"') for c in r] for r in csv.reader(lines, delimiter=sep or ',', skipinitialspace=True)]
     short = len(rows) > 1 and all(len(r) == len(rows[0]) + 1 for r in rows[1:])
     return [['', *rows[0]], *rows[1:]] if short else rows

@@ -8,8 +8,9 @@ __all__ = ['counts_in_X', 'check_section', 'as_section', 'is_anndata', 'read_h5a
 # %% ../nbs/tissue/h5ad.ipynb #c2f71dab
 import gzip, json, re, shutil, tempfile
 from pathlib import Path, PureWindowsPath
-import anndata as ad, numpy as np, pandas as pd
+import anndata as ad, h5py, numpy as np, pandas as pd
 from anndata import AnnData
+from anndata.io import read_elem
 from anndata.utils import make_index_unique
 from PIL import Image
 from scipy import sparse
@@ -18,8 +19,8 @@ from .her2st import chosen_spots
 from .images import as_rgb, open_image
 from .matching import count_on_tissue, image_scale
 from .sections import check_sparse, new_section, on_image, place
-from .tables import (PATIENT, PIXELS, array_positions, read_report, rows_for_columns,
-                                 whole_counts, without_glass)
+from .tables import (PATIENT, PIXELS, array_positions, read_report, way_round, whole_counts,
+                                 without_glass)
 
 # %% ../nbs/tissue/h5ad.ipynb #aba865bb
 def _rescale(section, factor):
@@ -65,7 +66,7 @@ def _set_image(section, file, image):
     if not pictures:                                    # none, or said to be missing when it is checked
         if images: section.uns['histogene']['image_left_out'] = (
             f'the scale of {", ".join(map(str, images))} is not known: tissue_hires_scalef is missing')
-        return
+        return images.clear()
     for k,_,_ in pictures: images.pop(k)
     images['hires'], factors['tissue_hires_scalef'] = small, scale
     for k in ('source_image_path', 'image_width', 'image_height'): metadata.pop(k, None)
@@ -87,7 +88,9 @@ def counts_in_X(
         if X is None: continue
         X, whole = whole_counts(X)
         if not whole: continue
-        if found == 'raw': section = section.raw.to_adata()
+        if found == 'raw':
+            var, section = section.var, section.raw.to_adata()
+            section.var = section.var.join(var[var.columns.difference(section.var.columns)])     # their symbols
         section.X = X
         if found != 'X':
             section.layers.pop('counts', None)
@@ -175,7 +178,7 @@ def _symbols(section):
     if column and len(ids) and ids.str.match(r'ENS[A-Z]*G\d').mean() > .5:
         section.var['gene_ids'] = ids
         names = section.var[column].astype(object)
-        section.var_names = names.where(names.notna() & (names != ''), section.var['gene_ids']).astype(str)
+        section.var_names = names.where(names.notna() & (names != ''), section.var['gene_ids']).astype(str).rename(None)
 
 def _numbers_on_array(section):
     "Array positions as numbers, found from pixels where there are none"
@@ -185,7 +188,11 @@ def _numbers_on_array(section):
     if not set(keys) <= set(section.obs) or section.obs[keys].isna().all(axis=None):
         section.obs['array_col'], section.obs['array_row'] = array_positions(section.obsm['spatial'])[0].T
         section.uns['histogene']['array_found'] = True
-    elif rows_for_columns(section.obsm['spatial'], section.obs[keys].to_numpy(float)):
+        return
+    if not all(pd.api.types.is_numeric_dtype(section.obs[k]) for k in keys): return            # said when it is checked
+    way = way_round(section.obsm['spatial'], section.obs[keys].to_numpy(float))
+    section.uns['histogene']['mirrored'] = way == 'mirrored'
+    if way == 'swapped':
         raise InputError("x in obsm['spatial'] follows array_row and y follows array_col. One of the two is in the order "
                          "(row, column). If it is the pixels: s.obsm['spatial'] = s.obsm['spatial'][:, ::-1].")
 
@@ -208,12 +215,13 @@ def as_section(
 def _as_section(section, path, image):
     h = section.uns.setdefault('histogene', {})
     chosen = 'tissue_by' in h or 'not_in_tissue' in h                 # when it was read before it was written
-    for k in ('not_in_tissue', 'on_glass', 'on_tissue', 'off_image', 'image_left_out'): h.pop(k, None)
+    for k in ('not_in_tissue', 'on_glass', 'on_tissue', 'off_image', 'image_left_out', 'mirrored'): h.pop(k, None)
     _symbols(section)
     if renamed := int(section.var_names.duplicated().sum()):
         h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)
+    if 'X_spatial' in section.obsm and 'spatial' not in section.obsm: section.obsm['spatial'] = section.obsm['X_spatial']
     if 'spatial' in section.uns: _one_place(section)
-    if not {'spatial'} <= set(section.uns) or 'spatial' not in section.obsm: _has_all(section)
+    if 'spatial' not in section.uns or 'spatial' not in section.obsm: _has_all(section)
     _spatial_numbers(section)
     if 'ST' in section.uns['spatial']: section.uns['spatial'] = {path.name.split('.h5ad')[0]: section.uns['spatial']['ST']}
     compared = _set_image(section, path, image)
@@ -259,16 +267,27 @@ def is_anndata(
     with reading(path, 'a store'): attrs = json.loads(files[0].read_text()) if files else {}
     return attrs.get('attributes', attrs).get('encoding-type') == 'anndata'
 
+def _whole_file(file):
+    "As `ad.read_h5ad`, but for what a slash in its name has nested in a group: of layers and obsm that is left out"
+    with h5py.File(file) as f:
+        inner = {p: {k: 'encoding-type' in v.attrs or isinstance(v, h5py.Dataset) for k,v in f[p].items()}
+                 for p in ('layers', 'obsm', 'varm', 'obsp', 'varp') if isinstance(f.get(p), h5py.Group)}
+        if all(all(v.values()) for v in inner.values()) or 'encoding-type' not in f.attrs: return ad.read_h5ad(file)
+        whole = {k: read_elem(f[k]) for k in ('X', 'obs', 'var', 'uns') if k in f}
+        parts = {p: {k: read_elem(f[p][k]) for k,fits in v.items() if fits} for p,v in inner.items()}
+        raw = {k: read_elem(f['raw'][k]) for k in ('X', 'var')} if isinstance(f.get('raw'), h5py.Group) else None
+    return AnnData(**whole, **parts, raw=raw)
+
 def _load(path):
     "What AnnData reads from a file, one in gzip, or a store"
     if path.suffix.lower() == '.zarr':
         from histogene_nb.spatialdata import _no_unpickling         # which reads what this page defines
         with _no_unpickling(): return ad.read_zarr(path)
-    if path.suffix.lower() != '.gz': return ad.read_h5ad(path)
+    if path.suffix.lower() != '.gz': return _whole_file(path)
     with tempfile.NamedTemporaryFile(suffix='.h5ad') as f:
         with gzip.open(path) as packed: shutil.copyfileobj(packed, f)
         f.flush()
-        return ad.read_h5ad(f.name)
+        return _whole_file(f.name)
 
 def read_h5ad(
     path:str|Path, # of the file, .h5ad or .h5ad.gz, or of a store .zarr that AnnData wrote

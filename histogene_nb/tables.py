@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'IMAGES', 'PIXELS', 'ARRAY', 'PATIENT', 'load_table', 'existing_folder', 'folder_name', 'one_file',
-           'as_numbers', 'whole_counts', 'array_positions', 'read_report', 'without_glass', 'rows_for_columns',
-           'read_st']
+           'as_numbers', 'whole_counts', 'array_positions', 'read_report', 'without_glass', 'way_round', 'read_st']
 
 # %% ../nbs/tissue/tables.ipynb #37076d92
 import fnmatch, gzip, re
@@ -17,9 +16,10 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from .files import InputError, reading
 from .her2st import chosen_spots, join_report
+from .images import open_image
 from .matching import count_on_tissue, image_notes, thumbnail
 from .patches import in_tissue, tissue_mask
-from .sections import new_section, place
+from .sections import new_section, on_image, place
 
 # %% ../nbs/tissue/tables.ipynb #4411b819
 TABLES, IMAGES = ('.csv', '.tsv', '.txt', '.parquet'), ('.jpg', '.jpeg', '.png', '.tif', '.tiff')
@@ -254,6 +254,7 @@ def read_report(
     if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
     unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue'} & set(h))
+    if h.get('mirrored'): wide += '; LOOK at the image: against the array it is mirrored'
     notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
     return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide, *image_notes(section)])
 
@@ -309,24 +310,25 @@ def _on_array(at, pixels, array, spot_diameter, path):
         raise InputError(f'{path}: {" and ".join(array)} are the places of spots on the array, whole '
                          f'numbers, but one is {found[found % 1 > 0][0]:g}. Leave them out, or say with '
                          'columns= which others are meant.')
-    elif rows_for_columns(spatial, found):
+    elif way_round(spatial, found) == 'swapped':
         raise InputError(f'{path}: {pixels[0]} follows {array[1]} and {pixels[1]} follows {array[0]}. One of the pairs '
                          'is (row, column) and not (column, row). Say which columns are meant, with '
                          f'columns=dict(pixel_x=..., pixel_y=...) or columns=dict(array_col={array[1]!r}, '
                          f'array_row={array[0]!r}).')
     return spatial, found.astype(np.int64), pitch/2 if spot_diameter is None else spot_diameter
 
-def rows_for_columns(
+def way_round(
     spatial:np.ndarray, # (n, 2) pixels (x, y)
     array:np.ndarray, # (n, 2) array positions (col, row)
-)->bool: # False as well where the spots lie on no straight grid
-    "Whether x goes with rows and y with columns, in one sense: then one of the two is in the wrong order"
+)->str: # 'swapped': x goes with rows and y with columns; 'mirrored'; or '', as well where it cannot be seen
+    "Whether pixels and array positions are of one hand, as a photograph of an array is, however it was turned"
     a = np.c_[array, np.ones(len(array))].astype(float)
-    if len(a) < 8 or np.linalg.matrix_rank(a) < 3: return False
+    if len(a) < 8 or not np.isfinite(a).all() or np.linalg.matrix_rank(a) < 3: return ''
     fit = np.linalg.lstsq(a, spatial, rcond=None)[0]
-    if (spatial - a @ fit).std() > .1*spatial.std(): return False
+    if (spatial - a @ fit).std() > .1*spatial.std(): return ''
     (xc, yc), (xr, yr) = fit[:2]                            # pixels in x and y for one column, and for one row
-    return xr > 2*abs(xc) and yc > 2*abs(yr)
+    if xr > 2*abs(xc) and yc > 2*abs(yr): return 'swapped'
+    return 'mirrored' if xc*yr < xr*yc else ''
 
 # %% ../nbs/tissue/tables.ipynb #63477f48
 def read_st(
@@ -350,7 +352,11 @@ def read_st(
     if not placed.any():
         raise InputError(f'{coordinates}: no spot has a position. Fill in {" and ".join(pixels)}.')
     inside, tissue_by = chosen_spots(table, coordinates)
-    kept = placed & inside[row]
+    kept, off_image = placed & inside[row], 0
+    if image and kept.any():
+        centres = numbers.iloc[row[kept]][list(pixels)].to_numpy()
+        with open_image(image) as im: shown = on_image(name, Path(image).name, im.size, X.index[kept], centres)
+        kept[kept], off_image = shown, int((~shown).sum())
     spatial, found, diameter = _on_array(numbers.iloc[row[kept]], pixels, array, spot_diameter,
                                          coordinates)
     whole, _ = whole_counts(X.to_numpy()[kept])
@@ -359,6 +365,7 @@ def read_st(
     section.uns['histogene'].update(image_scale=1., diameter_guessed=spot_diameter is None,
                                     genes_renamed=int(X.columns.duplicated().sum()),
                                     counts_without_position=int((~placed).sum()),
+                                    off_image=off_image, mirrored=way_round(spatial, found) == 'mirrored',
                                     positions_without_counts=int(len(table) - (row >= 0).sum()),
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
     if tissue_by: section.uns['histogene'].update(tissue_by=tissue_by, not_in_tissue=int((placed & ~inside[row]).sum()))
