@@ -105,7 +105,7 @@ def _with_picture(table, shapes, name, pixels, to_pixels):
     spatial = (np.c_[middle.x, middle.y, np.ones(len(shapes))] @ to_pixels.T)[:, :2]
     info = dict(images={} if pixels is None else dict(hires=pixels),
                 scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
-    about = dict(section=name, patient=name, source='a SpatialData store')
+    about = dict(section=name, source='a SpatialData store')
     about.update({k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'})
     section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale),
                       uns=dict(spatial={name: info}, histogene=about))

@@ -218,7 +218,7 @@ def read_visium(
     counts, places = counts[inside], places.loc[counts.obs_names[inside]]
     section = new_section(counts.X, counts.var_names, counts.obs_names,
                           places[['pxl_col_in_fullres', 'pxl_row_in_fullres']]*scale,
-                          places.array_col, places.array_row, name, name, path,
+                          places.array_col, places.array_row, name, '', path,
                           factors['spot_diameter_fullres']*scale, source="spaceranger's layout")
     section.var['gene_ids'] = counts.var['gene_ids']
     section.uns['histogene'].update(image_scale=scale, genes_renamed=renamed,
