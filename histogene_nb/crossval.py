@@ -46,6 +46,7 @@ def _same_run(out, settings):
 # %% ../nbs/runs/crossval.ipynb #1dde4216
 def _planned(catalogue, by, only):
     "(training, test) of the folds of these splits, once each; of `only` those if there is a choice"
+    by = (by,) if isinstance(by, str) else by
     folds = {fold_name(test): (training, test)
              for b in by for _,training,test in leave_one_out(catalogue, b)}
     for name,(training,_) in folds.items():
@@ -82,10 +83,10 @@ def seconds_left(
 # %% ../nbs/runs/crossval.ipynb #721e724b
 def cross_validate(
     read, # name of a section -> the section
-    catalogue:pd.DataFrame, # index: sections; column: patient
+    catalogue:pd.DataFrame, # index: sections; column: patient, '' where it is not known
     methods:dict, # name -> a model's class or a function like `histogene`, see `as_method`
     out:str|Path, # folder of the run; a run that is there already is continued
-    by:tuple=('section',), # what is left out: 'section', 'patient' or both
+    by:tuple|str='section', # what is left out: 'section', 'patient' or a tuple of both
     panel:list|dict|None=None, # genes; or how `select_panel` chooses them in each training fold
     normalization:str='paper', # see `normalize`
     only:tuple|None=None, # folds to run, by name; all unless given
@@ -99,11 +100,13 @@ def cross_validate(
     start, out, how = time.perf_counter(), Path(out), {'command': 'cross_validate', **how}
     inspect.signature(run_fold).bind_partial(**how)  # what it does not take is a mistake
     methods = {k: as_method(k, m) for k,m in methods.items()}
+    panel = [panel] if isinstance(panel, str) else panel
+    if isinstance(panel, Path): raise InputError(f'{panel}: this is a path, not a list of genes. Read it first (read_panel).')
     planned = _planned(catalogue, by, only)
     folds = {f.folder: f for f in (Fold(m, *p, s) for s in seeds for m in methods for p in planned)}
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
-        _same_run(out, dict(sections=catalogue.patient.to_dict(), panel=panel,
+        _same_run(out, dict(sections=catalogue.patient.fillna('').to_dict(), panel=panel,
                             normalization=normalization,
                             methods={k: method_settings(m) for k,m in methods.items()}))
         done = {k: read_fold(out/k) for k in folds if (out/k/'fold.json').is_file()}

@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'whole_file', 'reading', 'data_folder', 'published_sections', 'look_for', 'model_files']
 
 # %% ../nbs/runs/files.ipynb #1604b0c4
-import os, platform, pooch, re, shutil, warnings
+import difflib, glob, os, platform, pooch, re, shutil, warnings
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
@@ -64,6 +64,9 @@ def reading(
             warnings.simplefilter('ignore')
             yield
     except InputError: raise
+    except MemoryError as e:
+        raise InputError(f'{path}: there is too little memory to read it as {kind}. Close other programs; or is it '
+                         'damaged, and asks for more than it holds?') from e
     except ImportError as e:
         raise InputError(f"{path}: reading it needs a package that is not installed "
                          f"({str(e).splitlines()[0]}). Install it, for parquet files with "
@@ -92,18 +95,39 @@ def published_sections(
     return names
 
 # %% ../nbs/runs/files.ipynb #a1f0c005
+def _near(name, names):
+    "What was perhaps meant, as a sentence, or nothing"
+    found = difflib.get_close_matches(name, names, 3, .7)
+    return f' Did you mean {" or ".join(found)}?' if found else ''
+
 def look_for(
     section:str|Path, # a name, or the path of one's own
     root:str|Path|None=None, # folder of the published data; where the commands look unless given
-):
-    "`InputError` where there is no such file, and no file of the published data with this name in its own"
-    path, folders = Path(section), [Path(root)] if root else [data_folder(), data_folder().with_name('cscc')]
-    if path.exists(): return
-    if path.suffix or len(path.parts) > 1: raise InputError(f'{path}: there is no such file. Check the path.')
-    word = re.compile(rf'(?<![A-Za-z0-9]){re.escape(path.name)}(?![A-Za-z0-9])')
-    if any(word.search(p.name) for f in folders if f.is_dir() for p in f.rglob('*')): return
-    raise InputError(f'{section}: no such section in {" or ".join(map(str, folders))}, and no such path. Check the name, '
-                     'give the path of your own section, or fetch a published one with histogene_download.')
+)->Path|None: # of one's own, or of a section in a folder laid out like the HER2+ data; None for a published one
+    "Which section is meant: what is on the disk, or else a published one; `InputError` where it is neither, or both"
+    path, text = Path(section), str(section)
+    folders = [Path(root)] if root else [data_folder(), data_folder().with_name('cscc')]
+    if any(p.suffix.lower() == '.zarr' for p in path.parents): return path         # what is in a store, its reader knows
+    name = glob.escape(path.name)
+    if len(path.parts) != 1 or path.suffix or text != path.name:
+        if path.exists() or path.name and any(path.parent.glob(f'ST-cnts/{name}.tsv*')): return path
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f'{path}: there is no such {"file" if path.suffix else "folder"}. '
+                         f'Check the path.{_near(path.name, beside)}')
+    there = [f for f in folders for p in (f'ST-cnts/{name}.tsv*', f'*_{name}_stdata.tsv*') if any(f.glob(p))]
+    if path.exists() and there:
+        raise InputError(f'{text}: there is a file or folder of this name here, and a section of this name in {there[0]}. '
+                         f'Say which: {os.path.join(".", text)} is your own, {there[0]/text} the other.')
+    if path.exists(): return path
+    published = [*published_sections(), *(f'P{p}_ST_rep{r}' for p in (2, 5, 9, 10) for r in (1, 2, 3))]
+    if there: return None
+    if text in published:
+        raise InputError(f'{text}: no such section in {" or ".join(map(str, folders))}. '
+                         'Fetch it with histogene_download, or say with root where it is.')
+    here = [p.name for p in Path().iterdir() if p.name[0] != '.']
+    raise InputError(f'{text}: there is no such file or folder here, and no such section in '
+                     f'{" or ".join(map(str, folders))}. Check the name, or give the path of your own section.'
+                     f'{_near(text, here + published)}')
 
 # %% ../nbs/runs/files.ipynb #51182137
 def model_files(

@@ -105,7 +105,7 @@ def _with_picture(table, shapes, name, pixels, to_pixels):
     spatial = (np.c_[middle.x, middle.y, np.ones(len(shapes))] @ to_pixels.T)[:, :2]
     info = dict(images={} if pixels is None else dict(hires=pixels),
                 scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
-    about = dict(section=name, patient=name, source='a SpatialData store')
+    about = dict(section=name, source='a SpatialData store')
     about.update({k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'})
     section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale),
                       uns=dict(spatial={name: info}, histogene=about))
@@ -142,6 +142,9 @@ def read_spatialdata(
     except ImportError as e:
         raise InputError(f"{path}: reading it needs spatialdata, which is not installed: "
                          "pip install 'histogene_nb[spatialdata]'.") from e
+    for p in store.rglob('*') if store.is_dir() else ():
+        if not (p.is_file() or p.is_dir()):                                     # a pipe would be waited for
+            raise InputError(f'{p}: this is neither a file nor a folder. Copy the store again.')
     with reading(store, 'a SpatialData store'), _no_unpickling():
         data = read_zarr(store, selection=('images', 'shapes', 'tables'))
         counted = _counted(data)
