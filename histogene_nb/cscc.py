@@ -96,7 +96,7 @@ def _fetch_unpacked(url, path):
     with whole_file(path) as part:
         packed = Path(f'{part}.gz')
         try:
-            with working(path.name, None, 'B', unit_scale=True) as bar:
+            with working(path.name, 2**20, 'B', unit_scale=True) as bar:  # pooch knows the size
                 pooch.HTTPDownloader(timeout=60, progressbar=bar)(url, str(packed), None)
             with gzip.open(packed) as f, open(part, 'wb') as out: shutil.copyfileobj(f, out)
         except requests.RequestException as e:

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'LARGE', 'default_device', 'device_of', 'device_name', 'fast_bfloat16', 'precision_on', 'mixed',
            'all_digits', 'full_precision', 'gradient_scaler', 'has_kernel', 'in_blocks', 'attend', 'memory',
-           'kept_memory', 'enough_memory', 'processes', 'add_up', 'add_gradients', 'average_buffers', 'same_weights',
-           'about_device', 'computes_on', 'drawn_from']
+           'kept_memory', 'enough_memory', 'operations', 'expect', 'processes', 'add_up', 'add_gradients',
+           'average_buffers', 'same_weights', 'about_device', 'computes_on', 'drawn_from']
 
 # %% ../nbs/runs/devices.ipynb #ccb47ff1
-import atexit, ctypes, os, platform, re, sys
+import atexit, ctypes, os, platform, re, sys, time
 from contextlib import contextmanager, nullcontext
 import psutil, torch, torch.distributed as dist
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 from .files import InputError
 
 # %% ../nbs/runs/devices.ipynb #2a289183
@@ -158,11 +159,13 @@ def memory(
     device:torch.device, # from `default_device`
 )->tuple: # bytes that are free, and all
     "The memory of a device"
-    if device.type == 'cuda': return torch.cuda.mem_get_info(
-        torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == 'cuda':
+        card = torch.cuda.current_device() if device.index is None else device.index
+        (free, total), kept = torch.cuda.mem_get_info(card), torch.cuda.memory_reserved(card)
+        return free + kept - torch.cuda.memory_allocated(card), total      # what PyTorch keeps, it uses again
     if device.type == 'mps' and hasattr(torch.mps, 'recommended_max_memory'):  # from PyTorch 2.5 on
         total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
+        return total - torch.mps.current_allocated_memory(), total
     found = psutil.virtual_memory()
     return found.available, found.total
 
@@ -196,6 +199,37 @@ def enough_memory(
         raise InputError(f'{what} takes more memory than {device_name(device)} has: '
                          f'{asked[1] if asked else "more"} were asked for, '
                          f'{free/1e9:.1f} of {total/1e9:.1f} GB are free. {advice}') from e
+
+# %% ../nbs/runs/devices.ipynb #est-1
+def operations(
+    device:torch.device, # from `default_device`
+    precision:str='float32', # one of `PRECISIONS`
+)->float: # a second, measured with one matrix product
+    "How many floating-point operations a device does"
+    n, wait = (4096, torch.cuda.synchronize) if device.type == 'cuda' else (1024, lambda: None)
+    a = torch.ones(n, n, device=device, dtype=getattr(torch, precision))
+    for _ in range(2):                               # the first time, libraries are loaded
+        wait(); start = time.perf_counter()
+        (a @ a)[0, 0].item()
+    return 2*n**3/(time.perf_counter() - start)
+
+# %% ../nbs/runs/devices.ipynb #est-2
+def expect(
+    what:str, # the work, such as 'Training'
+    cost:tuple, # its floating-point operations and bytes, from a model's `cost`
+    device:torch.device, # that the work is on
+    precision:str, # one of `PRECISIONS`
+    advice:str, # what to do where memory is short
+):
+    "Before a run: an `InputError` where memory will not do, a line where it takes more than a minute"
+    (work, size), (free, total) = cost, memory(device)
+    if size > free: raise InputError(
+        f'{what} takes more memory than {device_name(device)} has: about {size/1e9:.1f} GB, '
+        f'and {free/1e9:.1f} of {total/1e9:.1f} GB are free. {advice}')
+    if work < 1e12: return
+    seconds = work/operations(device, precision)
+    if seconds > 60:
+        print(f'{what} takes about {tqdm.format_interval(seconds)} and {size/1e9:.1f} GB of memory')
 
 # %% ../nbs/runs/devices.ipynb #31db1ecb
 def processes(

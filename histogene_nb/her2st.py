@@ -290,7 +290,7 @@ def _fetch(url, path, sha, retries):
     with whole_file(path) as part:
         for left in reversed(range(retries + 1)):
             try:
-                with working(path.name, None, 'B', unit_scale=True) as bar:
+                with working(path.name, 2**20, 'B', unit_scale=True) as bar:  # pooch knows the size
                     pooch.HTTPDownloader(timeout=60, progressbar=bar)(url, str(part), None)
             except requests.RequestException as e:
                 gone = e.response is not None and e.response.status_code in (401, 403, 404, 410)

@@ -158,6 +158,17 @@ def begin(self:HisToGene,
                              'is another distance. Train on one kind; the model predicts the other too.')
 
 # %% ../nbs/idea/model.ipynb #708b48d3
+@patch
+def cost(self:HisToGene,
+    n:int, # places in one sequence
+    train:bool=False, # for a step of training; else to predict them
+)->tuple: # floating-point operations and bytes, as measured on a processor in float32
+    "What it takes, to be told before a long run"
+    c, weights = self.config, sum(w.numel() for w in self.parameters())
+    work = 2*n*weights + 4*n**2*c['dim']*c['depth']
+    if not train: return work, n*(3*c['patch_size']**2 + 44*c['dim'])
+    return 3*work, 12*weights + n*(12*c['patch_size']**2 + 80*c['dim']*c['depth'])
+
 @patch(cls_method=True)
 def suited(cls:HisToGene,
     sections:list, # to train on

@@ -61,7 +61,7 @@ def _format(total, screen):
 @contextmanager
 def working(
     what:str, # what is done, in a word or two
-    steps:int|list|None=1, # how many steps it takes, or the things to go through; None: not known yet
+    steps:int|list=1, # how many steps it takes, or the things to go through
     unit:str='step', # what a step is called
     show:bool=True, # False: nothing is shown of this, nor of what begins inside it
     **more, # of tqdm, such as `initial`, the steps done before

@@ -198,7 +198,8 @@ def spot_batches(
     spots = ConcatDataset([TensorDataset(*e) for e in examples])
     # a last batch of one spot has no spread for batch normalisation
     alone = len(spots) % batch_size == 1 < len(spots)
-    with working('an epoch', DataLoader(spots, batch_size, shuffle=True, drop_last=alone), 'batch') as batches:
+    batches = DataLoader(spots, batch_size, shuffle=True, drop_last=alone)
+    with working('an epoch', batches, 'batch') as batches:
         for patches, targets in batches:
             if augment: patches = turn_each(patches)
             with mixed(device, precision): out = model(patches.to(device))

@@ -18,7 +18,7 @@ from .images import image_mpp, open_image
 from .sections import add_hires, place, section_name
 from .expression import SCALES
 from .patches import dense_grid, in_tissue, tissue_mask
-from .interface import SpotModel, look_and_run, parts
+from .interface import SpotModel, foretell, look_and_run, parts
 from .position import model_grid, spot_positions
 
 # %% ../nbs/idea/superres.ipynb #59103a5f
@@ -99,6 +99,7 @@ def predict_dense(
     # more positions than the model has: those of a tile begin at its corner
     own = tile is not None and (at.min() < -1 or at.max() > n_pos)
     some, padded = list(parts(model, centres/d, tile)), 0
+    foretell(model, some, device, precision)
     with working('prediction', some, 'part') as some:
         for seen,kept in some:
             here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - at[seen].min(0)*own])

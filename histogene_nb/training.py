@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .files import InputError
 from .progress import working
 from .devices import (add_gradients, add_up, average_buffers, default_device,
-                                  drawn_from, enough_memory, gradient_scaler, kept_memory,
+                                  drawn_from, enough_memory, expect, gradient_scaler, kept_memory,
                                   memory, mixed, precision_on, processes, PRECISIONS, same_weights)
 from .patches import extract_patches
 from .expression import normalize
@@ -142,9 +142,13 @@ def _check_agreement(file, losses, precision, world):
         raise InputError(f'{file}: the processes do not find the same checkpoint. '
                          'Give a folder that all of them see.')
 
-def _enough_to_train(device):
-    return enough_memory(device, 'Training',
-                         'Give fewer or smaller sections, a smaller model, or another device.')
+_LESS = 'Give fewer or smaller sections, a smaller model, or another device.'
+
+def _foretell(model, examples, epochs, device, precision):
+    "Refuse a section that memory has no room for; say how long a long training takes"
+    if not hasattr(model, 'cost'): return
+    work, size = zip(*(model.cost(len(targets), train=True) for *_,targets in examples))
+    expect('Training', (epochs*sum(work), max(size)), device, precision, _LESS)
 
 def _on_card(examples, device):
     "The examples, moved once where a card has room for them"
@@ -184,7 +188,7 @@ def fit(
     _check_share(batch, world, device)
     more = dict(batch=batch) if batch > 1 else {}
     file = Path(checkpoint) if checkpoint is not None else None
-    with _enough_to_train(device):
+    with enough_memory(device, 'Training', _LESS):
         model.to(device).train()
         fused = device.type in ('cpu', 'cuda')
         opt = torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
@@ -194,6 +198,7 @@ def fit(
         losses = _resumed(file, model, opt, scaler, mark, epochs)
         _check_agreement(file, losses, precision, world)
         same_weights(model)
+        _foretell(model, examples, epochs - len(losses), device, precision)
         examples, saved = _on_card(examples, device), time.monotonic()
         with kept_memory(), working('training', epochs, 'epoch', progress, initial=len(losses)) as bar:
             while len(losses) < epochs:

@@ -56,7 +56,7 @@ def model(files):
     "Trained by the command on two .h5ad files"
     process = run('histogene_train', files/'X1.h5ad', files/'X2.h5ad', '--out', files/'model', *TINY)
     assert re.search(r'2 sections, \d+ spots, \d+ genes, on \w+', process.out) and re.search(r'loss [\d.]+ -> [\d.]+ in \d+ s', process.out)
-    assert '2/2' in process.err and 'Traceback' not in process.err
+    assert '\r' not in process.err and 'Traceback' not in process.err
     return files/'model'
 
 def section_image(file):
@@ -133,8 +133,7 @@ def test_interrupted_and_continued(files, tmp_path):
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     from safetensors import safe_open
     with safe_open(file, 'pt') as f: done = len(json.loads(f.metadata()['state'])['losses'])
-    resumed = run('histogene_train', *args, '--epochs', done + 1)
-    assert f'{done + 1}/{done + 1}' in resumed.err
+    run('histogene_train', *args, '--epochs', done + 1)
     assert sorted(p.name for p in file.parent.iterdir()) == ['config.json', 'model.safetensors']
     assert len(from_pretrained(tmp_path/'model').about['training']['losses']) == done + 1
 
@@ -219,7 +218,7 @@ def test_errors_are_one_line(model, files, tmp_path):
     done = run_all(*(c for c,_ in cases[1:]))
     done.insert(0, finish(start(*cases[0][0])))
     for (args,message),p in zip(cases, done):
-        lines = [l for l in p.err.splitlines() if l.strip() and not re.search(r'\d+/\d+|\d+%', l)]
+        lines = [l for l in p.err.splitlines() if l.strip() and not l.endswith((' so far', ' left'))]
         assert p.returncode == 1 and len(lines) == 1 and lines[0].startswith(f'{args[0]}: ') and message in lines[0], (args, p.returncode, p.err)
     assert {p.name: p.read_bytes() for p in model.iterdir()} == before
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and p.name != 'cut.jpg'], 'something was written'

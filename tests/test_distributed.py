@@ -38,8 +38,7 @@ def test_a_process_is_killed(files, tmp_path):
     finish(run)
     assert run.returncode != 0 and not [p for p in workers.values() if p.is_running()]
     done = len(json.loads(read_tensors(file)[1]['state'])['losses'])
-    resumed = single('histogene_train', *args, '--out', tmp_path/'model', '--epochs', done + 1)
-    assert f'{done + 1}/{done + 1}' in resumed.err
+    single('histogene_train', *args, '--out', tmp_path/'model', '--epochs', done + 1)
     single('histogene_train', *args, '--out', tmp_path/'whole', '--epochs', done + 1)
     assert same(tmp_path/'whole', tmp_path/'model')
 

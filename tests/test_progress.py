@@ -3,9 +3,12 @@ import os, subprocess, sys, time
 from contextlib import contextmanager
 import numpy as np, pytest, torch
 from histogene_nb import progress
-from histogene_nb.interface import run_model
+from histogene_nb.devices import expect
+from histogene_nb.files import InputError
+from histogene_nb.interface import foretell, run_model
 from histogene_nb.model import HisToGene
 from histogene_nb.progress import working
+from histogene_nb.training import fit
 
 PROGRAM = '''
 import time
@@ -88,6 +91,7 @@ def test_layers_are_counted_and_the_prediction_is_the_same_to_the_bit(monkeypatc
     torch.manual_seed(0)
     model, seen = HisToGene(5, 8, 8, 16, 3, 2).eval(), (torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.randint(8, (20, 2)))
     with torch.no_grad(): alone = model(*seen).numpy()
+    slow = model.blocks[1].register_forward_pre_hook(lambda *_: time.sleep(.2))   # so that a bar is drawn between two layers
     found = []
     @contextmanager
     def noted(*args):
@@ -95,4 +99,33 @@ def test_layers_are_counted_and_the_prediction_is_the_same_to_the_bit(monkeypatc
     monkeypatch.setattr('histogene_nb.interface.working', noted)
     np.testing.assert_array_equal(run_model(model, seen, 'cpu', 'float32'), alone)
     assert found == [('prediction', 3, 3)]
+    slow.remove()
     assert not any(m._forward_hooks for m in model.modules())
+
+# --- beforehand
+
+def test_what_a_model_says_it_costs_is_what_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel                       # the counter does not know the processor's own kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model, n = HisToGene(5, 8, 8, 32, 2, 2).eval(), 200
+    seen = torch.zeros(n, 3, 8, 8), torch.zeros(n, 2, dtype=torch.long)
+    for train in (False, True):
+        with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(train), sdpa_kernel(SDPBackend.MATH):
+            out = model.train(train)(*seen)
+            if train: out.sum().backward()
+        assert model.cost(n, train)[0] == pytest.approx(counted.get_total_flops(), rel=.1)
+
+def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
+    model = HisToGene(5, 8, 8, 16, 1, 2)
+    monkeypatch.setattr('histogene_nb.devices.memory', lambda device: (10_000, 20_000))
+    def forward(*_): pytest.fail('it has begun')
+    monkeypatch.setattr(model, 'forward', forward)
+    monkeypatch.setattr(model, 'look', forward)
+    example = torch.zeros(20, 3, 8, 8), torch.zeros(20, 2, dtype=torch.long), torch.zeros(20, 5)
+    with pytest.raises(InputError, match=r'Training takes more memory than .*: about 0\.0 GB.*Give fewer or smaller sections'): fit(model, [example], 1, device='cpu')
+    with pytest.raises(InputError, match=r'Predicting 20 places takes more memory.*Predict in tiles'): foretell(model, [(np.arange(20), None)], 'cpu', 'auto')
+
+def test_what_takes_long_is_said(monkeypatch, capsys):
+    monkeypatch.setattr('histogene_nb.devices.operations', lambda *_: 1e11)
+    for work in (5.9e12, 6.1e12): expect('Training', (work, 2e9), torch.device('cpu'), 'float32', '')
+    assert capsys.readouterr().out == 'Training takes about 01:01 and 2.0 GB of memory\n'

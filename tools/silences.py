@@ -1,8 +1,8 @@
 """How long each command says nothing, as somebody sees it who waits before a terminal: every command runs on one core with a pseudo-terminal,
-and what it writes there is timed. The table, command by command: seconds in all, until the first sign of life, the longest silence, and the line
-of this package that was at work in it. Takes some fifteen minutes:
+and what it writes there is timed. The table, command by command: seconds in all, until the first sign of life, the longest silence and the line
+of this package that was at work in it, and what Python takes to end after the last word. Takes some fifteen minutes:
 
-    python tools/silences.py SECTION --image FILE --spot-diameter PIXELS [--out FOLDER] [--only WORDS]
+    python tools/silences.py SECTION --image FILE --spot-diameter PIXELS [--out FOLDER] [--only WORD ...]
 
 SECTION is one of your own of a size that takes long, such as a Visium folder, and FILE its image."""
 import argparse, functools, http.server, os, pty, re, select, shutil, signal, subprocess, sys, tempfile, termios, threading, time
@@ -50,12 +50,12 @@ def our_line(dump):
 def row(command, argv, env, log=None):
     "A command's row of the table"
     rc, wrote, was = watched(argv, env, log)
-    gaps = [(b[0] - a[0], i) for i,(a,b) in enumerate(zip(wrote, wrote[1:]), 1)]
-    longest, i = max(gaps)
+    *gaps, (end, _) = [(b[0] - a[0], i) for i,(a,b) in enumerate(zip(wrote, wrote[1:]), 1)]
+    longest, i = max(gaps or [(end, 0)])
     last = [l for l in re.split(r'[\r\n]+', ''.join(w for _,w in wrote[:-1])) if l.strip()]
     if rc: print(f'{command}: exit {rc}', *last[-3:], sep='\n')
-    return dict(command=command, seconds=round(wrote[-1][0], 1), first_sign=round(gaps[0][0], 1), longest_silence=round(longest, 1),
-                over_3_s=sum(g > SILENT for g,_ in gaps), writes=len(wrote) - 2, at=our_line(was.get(i, '')) if longest > SILENT else '')
+    return dict(command=command, seconds=round(wrote[-1][0], 1), first_sign=round(wrote[1][0], 1), longest_silence=round(longest, 1),
+                over_3_s=sum(g > SILENT for g,_ in gaps), end=round(end, 1), writes=len(wrote) - 2, at=our_line(was.get(i, '')) if longest > SILENT else '')
 
 class Slow(http.server.SimpleHTTPRequestHandler):
     "A server at 400 kB a second"
@@ -73,7 +73,7 @@ def served(folder):
 
 def commands(section, image, diameter, out):
     "What is run, in this order: a name and the words of its command"
-    small, tiny = ['--dim', 128, '--depth', 4, '--heads', 4], ['--n-top', 500, '--min-spots', 300]
+    small, tiny = ['--dim', 128, '--depth', 4, '--heads', 4], ['--n-top', 500, '--min-spots', 50]
     yield 'demo', ['histogene_demo', '--out', out/'demo']
     yield 'train HisToGene, full size', ['histogene_train', section, '--out', out/'full', '--epochs', 2, *tiny]
     yield 'train HisToGene, small', ['histogene_train', section, '--out', out/'small', '--epochs', 3, *small, *tiny]
@@ -93,7 +93,7 @@ def commands(section, image, diameter, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('section'); parser.add_argument('--image', required=True); parser.add_argument('--spot-diameter', required=True)
-    parser.add_argument('--out', default='silences'); parser.add_argument('--only', default='')
+    parser.add_argument('--out', default='silences'); parser.add_argument('--only', nargs='*', default=[''], help='words of the names of the commands to run')
     given = parser.parse_args()
     out = Path(given.out); out.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', 'COLUMNS': '120'}
@@ -101,12 +101,13 @@ def main():
     def add(found):
         rows.append(found); print('  '.join(f'{v}' for v in found.values()), flush=True)
         pd.DataFrame(rows).to_csv(out/'silences.csv', index=False)
-    if 'download' in given.only or not given.only:
+    asked = lambda name: any(word in name for word in given.only)
+    if asked('download'):
         from histogene_nb.files import data_folder
         shutil.rmtree(out/'her2st', ignore_errors=True)
         add(row('download, 400 kB/s', [sys.executable, '-c', DOWNLOAD, served(data_folder()), str(out/'her2st')], env))
     for name,words in commands(given.section, given.image, given.spot_diameter, out):
-        if given.only not in name: continue
+        if not asked(name): continue
         log = out/'where.txt'
         script = Path(sys.executable).with_name(words[0])
         add(row(name, [sys.executable, '-c', BOOT, str(log), str(script), *map(str, words[1:])], env, log))
