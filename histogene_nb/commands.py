@@ -461,7 +461,7 @@ def reader(
         if section_name(s) in names: raise InputError(
             f'{given} and {names[section_name(s)][0]} are both called {section_name(s)}. '
             'Give each a name of its own: rename the folder, or the key in uns of the .h5ad file.')
-        names[section_name(s)] = given, s.uns['histogene'].get('patient', section_name(s))
+        names[section_name(s)] = given, s.uns['histogene'].get('patient', '')
     return (lambda name: read(names[name][0])), pd.DataFrame(
         dict(patient={k: p for k,(_,p) in names.items()}))
 

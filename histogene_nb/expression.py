@@ -6,6 +6,7 @@
 __all__ = ['SCALES', 'normalize', 'common_genes', 'variable_genes', 'select_panel', 'read_panel']
 
 # %% ../nbs/idea/expression.ipynb #d87187e4
+import csv, difflib, re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from anndata import AnnData
@@ -26,6 +27,7 @@ def normalize(
     method:str='paper', # of `SCALES`. 'paper': over all genes, ln(CPM + 1); 'released': over the panel, log10
 )->AnnData: # with the panel's genes; X float32 (n, panel), the method's name and unit in uns['histogene']
     "A section's expression on the scale to predict (paper: Data preprocessing; or released code)"
+    panel = _listed(panel)
     _check_panel(section, panel, method)
     how, out = SCALES[method], section[:, panel].copy()
     counts = out.X.toarray() if sparse.issparse(out.X) else np.asarray(out.X)  # (n, panel)
@@ -37,22 +39,54 @@ def normalize(
     return out
 
 # %% ../nbs/idea/expression.ipynb #5ab6df70
+def _listed(names):
+    "A list; of one where a text or a section stands in its place"
+    if isinstance(names, (str, AnnData)): return [names]
+    if isinstance(names, Path): raise InputError(f'{names}: this is a path, not a list. Read it first (read_panel, read_section).')
+    return list(names)
+
 def _check_panel(section, panel, method):
     "Raise `InputError` where a section lacks genes of the panel, or there is no such scale"
     if method not in SCALES:
         raise InputError(f'There is no normalisation {method!r}; there is {" and ".join(SCALES)}.')
-    name, missing = section_name(section), [g for g in panel if g not in section.var_names]
+    name, missing = section_name(section), pd.Index(panel).difference(section.var_names, sort=False)
+    twice = pd.Index(panel)[pd.Index(panel).duplicated()]
+    if not len(panel): raise InputError(f'{name}: the panel has no gene.')
+    if len(twice): raise InputError(f'{name}: gene {twice[0]} is in the panel twice. Keep it once.')
     if len(missing) == len(panel): raise InputError(
-        f'{name}: none of the panel\'s {len(panel)} genes is in this section. Do both use gene symbols?')
-    if missing: raise InputError(
-        f'{name}: gene {missing[0]} of the panel is not in this section ({len(missing)} such in all). '
+        f'{name}: none of the panel\'s {len(panel)} genes is in this section. Do both use gene symbols?{_why(section, missing)}')
+    if len(missing): raise InputError(
+        f'{name}: gene {missing[0]} of the panel is not in this section ({len(missing)} such in all).{_why(section, missing)} '
         'Use a panel of genes common to all sections (common_genes, select_panel).')
+
+# %% ../nbs/idea/expression.ipynb #176d0ec5
+def _ensembl(names): return pd.Index(names).astype(str).str.match(r'ENS[A-Z]*G\d{6}').mean() > .5
+
+def _why(section, missing):
+    "How the section names these genes, as far as that can be seen: as a sentence"
+    genes, has = pd.Index(section.var_names), section.var.columns
+    if _ensembl(missing) != _ensembl(genes):
+        kinds = 'Ensembl ids', 'symbols'
+        theirs, ours = kinds if _ensembl(missing) else kinds[::-1]
+        column = next((c for c in ('feature_name', 'gene_ids', 'gene_name', 'gene_symbols') if c in has), None)
+        more = f", and section.var[{column!r}] has others" if column else ''
+        return f' The panel has {theirs}, the section {ours}, such as {genes[0]}{more}.'
+    small, known = pd.Series(genes, genes.str.lower()), set(genes)
+    small = small[~small.index.duplicated()]
+    other = {g: small[g.lower()] for g in map(str, missing) if g.lower() in small.index}
+    if other:
+        g, there = next(iter(other.items()))
+        return (f' {len(other)} of them are there in another case, such as {there} for {g}: another species, '
+                'or names that a program changed.')
+    near = difflib.get_close_matches(str(missing[0]), list(known), 3, .7)
+    return f' The nearest names are {", ".join(near)}.' if near else ''
 
 # %% ../nbs/idea/expression.ipynb #77352f8a
 def common_genes(
     sections:list, # AnnData each
 )->list: # gene symbols, in the first section's order
     "The genes that all sections have (paper: Data preprocessing)"
+    sections = _listed(sections)
     if not sections: raise InputError('There is no section to take genes from.')
     genes = set.intersection(*(set(s.var_names) for s in sections))
     if not genes: raise InputError(f'No gene is common to the {len(sections)} sections. '
@@ -92,7 +126,7 @@ def select_panel(
     if not min_spots >= 0: raise InputError(
         'In how many spots a gene must be expressed (min_spots) must be a number, 0 or more, '
         f'not {min_spots}.')
-    common = common_genes(sections)
+    common = common_genes(sections := _listed(sections))
     sections = [s[:, common] for s in sections]
     variable = set().union(*(variable_genes(s, n_top) for s in sections))
     n_spots = sum(np.asarray((s.X > 0).sum(0)).ravel() for s in sections)             # (genes,)
@@ -103,8 +137,18 @@ def select_panel(
     return panel
 
 # %% ../nbs/idea/expression.ipynb #1d38eb4c
+def _cells(text):
+    "The cells of each line, whatever parts them; R gives a line a number or name that the header has no cell for"
+    lines = [l for l in text.splitlines() if l.strip()]
+    sep = next((s for s in '\t;,' if s in lines[0]), '') if lines else ''
+    if not sep and any('\t' in l or ';' in l or ',' in l for l in lines): sep = max('\t;,', key=text.count)
+    if not sep and len(lines) > 1 and all(re.fullmatch(r'"?\d+"?( \S+)+', l) for l in lines[1:]): sep = ' '      # write.table
+    rows = [[c.strip().strip('"') for c in r] for r in csv.reader(lines, delimiter=sep or ',', skipinitialspace=True)]
+    short = len(rows) > 1 and all(len(r) == len(rows[0]) + 1 for r in rows[1:])
+    return [['', *rows[0]], *rows[1:]] if short else rows
+
 def read_panel(
-    path:str|Path, # CSV with a column `gene`, or a text file with one symbol per line
+    path:str|Path, # a table with a column `gene` (or genes, symbol, feature_name), or a text file with one symbol per line
 )->list: # gene symbols in the file's order
     "A gene panel from a file"
     path = Path(path)
@@ -113,10 +157,15 @@ def read_panel(
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise InputError(
         f'{path}: this is not a text file ({e.reason}). Give a CSV with a column named gene.') from e
-    lines = [[c.strip().strip('"') for c in l.split(',')] for l in text.splitlines() if l.strip()]
+    try: lines = _cells(text)
+    except csv.Error as e: raise InputError(f'{path}: this is not a table ({e}). Give one symbol a line.') from e
     header = [c.lower() for c in lines[0]] if lines else []
-    column = header.index('gene') if 'gene' in header else 0
-    panel = [l[column] for l in lines['gene' in header:] if len(l) > column and l[column]]
+    known = [c for c in ('gene', 'genes', 'gene_symbol', 'symbol', 'gene_name', 'feature_name') if c in header]
+    numbered = len(lines) > 1 and len(lines[1]) > 1 and all(l[0].isdigit() for l in lines[1:])    # R's row names
+    column = header.index(known[0]) if known else int(numbered or header[:1] == [''])
+    headed = bool(known) or header[:1] == [''] or numbered and not header[0].isdigit()
+    panel = [l[column] for l in lines[headed:] if len(l) > column and l[column]]
+    if len(lines) == 1 and not headed: panel = [c for c in lines[0] if c]               # all in one line
     twice = pd.Index(panel)[pd.Index(panel).duplicated()]
     if not panel: raise InputError(f'{path}: there is no gene in this file. Give one symbol a line.')
     if len(twice): raise InputError(f'{path}: gene {twice[0]} is listed twice. Keep it once.')

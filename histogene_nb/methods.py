@@ -192,7 +192,7 @@ def texture_model(
     **how, # of `spot_model`, and of `TextureModel.train_on`: rank, alpha, use_array, members, ...
 )->tuple: # list of predicted sections; a dictionary: losses, rank, alpha, inner folds, ...
     "The texture model"
-    patient = lambda s: s.uns['histogene']['patient']
+    patient = lambda s: s.uns['histogene'].get('patient') or section_name(s)
     patients, trained = {patient(s) for s in test}, {section_name(s) for s in training}
     other = lambda s: patient(s) not in patients and section_name(s) not in trained
     if array_from: how['array_from'] = [s for s in array_from if other(s)]

@@ -9,10 +9,10 @@ __all__ = ['read_section']
 from pathlib import Path
 from anndata import AnnData
 from .cscc import cscc_catalogue, cscc_folder, read_cscc
-from .files import InputError, data_folder
+from .files import InputError, data_folder, look_for
+from .h5ad import is_anndata, read_h5ad
+from .her2st import read_her2st
 from .progress import working
-from .h5ad import read_h5ad
-from .her2st import her2st_catalogue, read_her2st
 from .spatialdata import find_store, read_spatialdata
 from .tables import existing_folder, read_st
 from .visium import find_outs, read_visium
@@ -24,18 +24,29 @@ def read_section(
     image:str|Path|None=None, # full-resolution image; found in the folder or the file unless given
     root:str|Path|None=None, # folder of the published data; `data_folder()` or `cscc_folder()` unless given
     verbose:bool=True, # print what was read and left out
+    patient:str|None=None, # whose tissue it is; what the files say unless given
 )->AnnData: # the section, checked
-    "Read a section: one of the published ones by its name, one's own by its path, whatever it comes in"
-    path = Path(source)
-    if str(source) in cscc_catalogue().index:
+    "Read a section: one's own by its path, or one of the published ones by its name, whatever it comes in"
+    if isinstance(source, AnnData): raise InputError('This is a section already, in memory. Give a name or a path.')
+    section = _read(source, image, root, verbose)
+    if patient is not None: section.uns['histogene']['patient'] = str(patient)
+    return section
+
+def _read(source, image, root, verbose):
+    path, more = look_for(source, root), dict(image=image, verbose=verbose)
+    if path is None and str(source) in cscc_catalogue().index:
         return read_cscc(root or cscc_folder(), str(source), verbose=verbose)
-    if str(source) in her2st_catalogue().index or not (path.exists() or path.suffix or len(path.parts) > 1):
-        return read_her2st(root or data_folder(), str(source), verbose=verbose)
-    if path.suffix.lower() == '.h5ad': return read_h5ad(path, image, verbose)
-    if find_store(path): return read_spatialdata(path, image=image, verbose=verbose)
+    if path is None: return read_her2st(root or data_folder(), str(source), **more)
+    if is_anndata(path): return read_h5ad(path, **more)
+    if find_store(path): return read_spatialdata(path, **more)
     if path.is_file():
         raise InputError(f'{path}: a section is an .h5ad file or a folder; '
                          'give the folder that this file is in.')
+    if not path.exists(): return read_her2st(path.parent, path.name, **more)
     folder = existing_folder(path)
-    if outs := find_outs(folder): return read_visium(outs, image=image, verbose=verbose)
-    return read_st(folder, image=image, verbose=verbose)
+    if inside := sorted(f.name.split('.')[0] for f in folder.glob('ST-cnts/*.tsv*')):
+        if len(inside) > 1: raise InputError(
+            f'{path}: this folder holds {len(inside)} sections. Give one, such as {path/inside[0]}.')
+        return read_her2st(path, inside[0], **more)
+    if outs := find_outs(folder): return read_visium(outs, **more)
+    return read_st(folder, **more)
