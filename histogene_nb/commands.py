@@ -71,8 +71,8 @@ def _patient(section):
     "Whose tissue a section is, or None: a reader that is not told names the patient as the section"
     said = section.obs['patient'].dropna().unique() if 'patient' in section.obs else []
     if len(said) == 1: return str(said[0])
-    patient = section.uns['histogene'].get('patient')
     from histogene_nb.sections import section_name
+    patient = str(section.uns['histogene'].get('patient', section_name(section)))
     return None if patient == section_name(section) else patient
 
 def _read(given, root, verbose=True):
