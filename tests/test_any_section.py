@@ -14,6 +14,7 @@ from histogene_nb.tissue import synthetic_section
 from histogene_nb.model import HisToGene
 
 TINY = dict(epochs=2, lr=1e-3, dim=32, depth=1, heads=2)
+TYPED = dict(epochs=2, lr=1e-3, setting=['dim=32', 'depth=1', 'heads=2'])  # the same, for the command
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -27,7 +28,7 @@ def made(tmp_path_factory):
     centres = 150 + np.stack([col*pitch/2, row*pitch*3**.5/2], 1)
     hexagonal = new_section(rng.poisson(1., (len(row), square.n_vars)), square.var_names, [f'{x}x{y}' for x,y in zip(col, row)], centres, col, row, 'H1', 'H', path, spot_diameter=38.)
     for s in (square, hexagonal): write_h5ad(s, folder/f'{section_name(s)}.h5ad')
-    histogene_train([str(folder/'X1.h5ad')], out=str(folder/'model'), n_top=30, min_spots=20, **TINY)
+    histogene_train([str(folder/'X1.h5ad')], out=str(folder/'model'), n_top=30, min_spots=20, **TYPED)
     return dict(folder=folder, square=square, hexagonal=hexagonal, model=from_pretrained(folder/'model'))
 
 def test_positions_by_place_on_another_array(made, capsys):
@@ -61,7 +62,7 @@ def test_a_picture_in_the_file_is_all_that_is_needed(made, tmp_path):
     square.uns['spatial']['X1'] = dict(images=dict(hires=picture), scalefactors=dict(spot_diameter_fullres=112., tissue_hires_scalef=.5), metadata={})
     square.write_h5ad(tmp_path/'alone.h5ad')
     file, model, out = (str(tmp_path/n) for n in ('alone.h5ad', 'model', 'predicted.h5ad'))
-    histogene_train([file], out=model, n_top=30, min_spots=20, cache=str(tmp_path/'cache'), **TINY)
+    histogene_train([file], out=model, n_top=30, min_spots=20, cache=str(tmp_path/'cache'), **TYPED)
     histogene_predict(model, file, out=out)
     histogene_predict(model, file, superres=4, out=str(tmp_path/'4x.h5ad'))
     histogene_plot([out, str(tmp_path/'4x.h5ad')], section=file, out=str(tmp_path/'maps.png'))

@@ -316,6 +316,11 @@ def test_pickle_is_not_read(saved, model):
     torch.save(model.state_dict(), saved/'model.safetensors')
     refused('damaged', from_pretrained, saved)
 
+def test_model_of_an_earlier_version(saved_texture):
+    config = json.loads((saved_texture/'config.json').read_text())
+    (saved_texture/'config.json').write_text(json.dumps({**config, 'views': 4}))
+    refused("made by an earlier version.*'views'.*Train it again", from_pretrained, saved_texture)
+
 @pytest.mark.parametrize('text', ['', '{', '[]', 'null', '3', '"dim"', '{}', b'\xff\xfe', b'\0'*40])
 def test_corrupt_config(saved, text):
     (saved/'config.json').write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -679,6 +684,6 @@ def test_folder_that_cannot_be_written(made, other_model, what):
 def test_out_is_a_file(made, tmp_path):
     (tmp_path/'out').write_text('mine')
     files = [str(made['folder']/'X1.h5ad')]
-    refused('this folder cannot be made', histogene_train, files, out=str(tmp_path/'out'), min_spots=5, epochs=1, **TINY)
-    refused('this folder cannot be made', histogene_train, files, out=str(tmp_path/'out/model'), min_spots=5, epochs=1, **TINY)
+    refused('this folder cannot be made', histogene_train, files, out=str(tmp_path/'out'), min_spots=5, epochs=1)
+    refused('this folder cannot be made', histogene_train, files, out=str(tmp_path/'out/model'), min_spots=5, epochs=1)
     assert (tmp_path/'out').read_text() == 'mine'

@@ -5,17 +5,18 @@ import anndata as ad, numpy as np, pandas as pd, pytest, torch
 import forks
 from conftest import needs_images, wait_for
 from safetensors.torch import load_file
-from histogene_nb.commands import histogene_download, histogene_predict, histogene_train
+from histogene_nb import commands
+from histogene_nb.commands import histogene_download, histogene_plot, histogene_predict, histogene_reproduce, histogene_train, reader
 from histogene_nb.folds import write_h5ad
 from histogene_nb.interface import from_pretrained
 from histogene_nb.readers import read_section
 from histogene_nb.files import InputError
 from histogene_nb.her2st import write_her2st
-from histogene_nb.sections import section_name
+from histogene_nb.sections import place, section_name
 from histogene_nb.tissue import synthetic_section
 
-NAMES = ['histogene_demo', 'histogene_download', 'histogene_plot', 'histogene_predict', 'histogene_train']
-TINY = '--dim 16 --depth 1 --heads 2 --lr 1e-3 --epochs 2 --n-top 40 --min-spots 5'.split()
+NAMES = ['histogene_demo', 'histogene_download', 'histogene_plot', 'histogene_predict', 'histogene_reproduce', 'histogene_train']
+TINY = '--setting dim=16 depth=1 heads=2 --lr 1e-3 --epochs 2 --n-top 40 --min-spots 5'.split()
 
 def command(name):
     path = shutil.which(name, path=str(Path(sys.executable).parent))
@@ -37,9 +38,9 @@ def run(name, *args):
     assert process.returncode == 0, process.err
     return process
 
-def run_all(*commands):
+def run_all(*typed):
     "Several console scripts, one after the other, each in a process of its own that need not import PyTorch anew"
-    return [forks.run(forks.script, command(c[0]), *map(str, c[1:]), environment=environment()) for c in commands]
+    return [forks.run(forks.script, command(c[0]), *map(str, c[1:]), environment=environment()) for c in typed]
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
@@ -68,10 +69,12 @@ def section_image(file):
 def test_help():
     options = dict(histogene_demo='--out --epochs --seed --device', histogene_download='sections --root --no-images',
                    histogene_plot='predictions --genes --section --out --root',
-                   histogene_predict='model section --image --spot --superres --out --root --device --cache --tile --precision',
-                   histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --precision --batch --array --cache')
+                   histogene_predict='model section --samples --image --spot --superres --out --root --device --cache --tile --precision',
+                   histogene_reproduce='sections --samples --out --root --by --methods --panel --n --min --only --seeds',
+                   histogene_train='sections --samples --out --root --panel --n --min --normalization --epochs --lr --seed --pixels --device --precision --batch --array --setting --cache')
     *helped, unknown, nothing = run_all(*([n, '--help'] for n in NAMES), ['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train'])
-    for p in (unknown, nothing): assert p.returncode == 2 and p.err.startswith('usage:') and 'Traceback' not in p.err
+    assert unknown.returncode == 2 and unknown.err.startswith('usage:') and 'Traceback' not in unknown.err
+    assert nothing.returncode == 1 and nothing.err == 'histogene_train: Give sections, or a table of them (--samples).\n'
     for name,process in zip(NAMES, helped):
         assert process.returncode == 0 and not process.err
         assert process.out.startswith(f'usage: {name} ')
@@ -106,8 +109,8 @@ def checkpoint_after(process, file):
 def test_texture_model(files, tmp_path):
     "The texture model behind the same commands: at spots, at 4x, from an image alone"
     out, rule = tmp_path/'model', '--n-top 40 --min-spots 5'.split()
-    first, small = (write_h5ad(synthetic_section(tmp_path, n, px=800), tmp_path/f'{n}.h5ad') for n in ('X1', 'Y1'))       # windows of 224 pixels take long where there are many
-    run('histogene_train', first, '--model', 'texture', '--array-from', files/'X2.h5ad', '--out', out, *rule)
+    first, small = (write_h5ad(synthetic_section(tmp_path, n, px=800), tmp_path/f'{n}.h5ad') for n in ('X1', 'Y1'))
+    run('histogene_train', first, '--model', 'texture', '--array-from', files/'X2.h5ad', '--out', out, *rule, '--setting', 'size=56', 'windows=1,2')
     net, image = from_pretrained(out), section_image(small)
     assert type(net).__name__ == 'TextureModel' and net.about['training']['array_from'] == ['X2'] and net.about['provenance']['command'].startswith('histogene_train ')
     assert not (out/'training.safetensors').exists()
@@ -118,11 +121,11 @@ def test_texture_model(files, tmp_path):
     assert list(json.loads((tmp_path/'4x.json').read_text())['results']) == ['texture*']
     for args,said in ((['--model', 'texture', '--epochs', '3'], '--epochs is no setting of texture'), (['--model', 'resnet'], "There is no model 'resnet'"),
                       (['--array-from', files/'X2.h5ad'], '--array-from is no setting of HisToGene'), (['--model', 'texture', '--array-from', files/'X1.h5ad'], 'X1.h5ad is both trained on and given to --array-from')):
-        p = finish(start('histogene_train', files/'X1.h5ad', '--out', tmp_path/'other', *rule, *args))
+        p, = run_all(['histogene_train', files/'X1.h5ad', '--out', tmp_path/'other', *rule, *args])
         assert p.returncode == 1 and said in p.err and 'Traceback' not in p.err and not (tmp_path/'other').exists()
 
 def test_interrupted_and_continued(files, tmp_path):
-    args = [files/'X1.h5ad', '--out', tmp_path/'model', *TINY, '--every', 0]
+    args = [files/'X1.h5ad', '--out', tmp_path/'model', *TINY, '--setting', 'every=0']
     process = start('histogene_train', *args, '--epochs', 100_000)
     file = tmp_path/'model/training.safetensors'
     checkpoint_after(process, file)
@@ -142,11 +145,11 @@ def test_interrupted_and_continued(files, tmp_path):
 @pytest.fixture(scope='module')
 def predictions(model, files):
     "At spots, at 4x, from the image alone and again at 4x: the finished processes and what they wrote"
-    commands = dict(spots=[files/'Y1.h5ad'], x4=['Y1', '--root', files/'her2st', '--superres', 4],
+    typed = dict(spots=[files/'Y1.h5ad'], x4=['Y1', '--root', files/'her2st', '--superres', 4],
                     image=['--image', files/'Y1.jpg', '--spot-diameter', 112], image_x4=['--image', files/'Y1.jpg', '--spot_diameter=112', '--superres', '4'])
-    done = run_all(*(['histogene_predict', model, *c, '--out', files/f'{k}.h5ad'] for k,c in commands.items()))
+    done = run_all(*(['histogene_predict', model, *c, '--out', files/f'{k}.h5ad'] for k,c in typed.items()))
     for p in done: assert p.returncode == 0 and 'Traceback' not in p.err, p.err
-    return {k: (p, ad.read_h5ad(files/f'{k}.h5ad'), json.loads((files/f'{k}.json').read_text())) for k,p in zip(commands, done)}
+    return {k: (p, ad.read_h5ad(files/f'{k}.h5ad'), json.loads((files/f'{k}.json').read_text())) for k,p in zip(typed, done)}
 
 def test_predicted_at_spots(predictions, model, files):
     process, predicted, beside = predictions['spots']
@@ -199,6 +202,92 @@ def test_called_as_a_function(model, files, tmp_path, predictions):
     assert json.loads((tmp_path/'p.json').read_text())['command'].startswith("histogene_predict('")
     with pytest.raises(InputError, match='trained model already'): histogene_train([str(files/'X1.h5ad')], out=str(model))
 
+# --- a table of sections
+
+@pytest.fixture
+def table(files, tmp_path):
+    "A table beside the file of one section, which names no patient, and a way to write it"
+    section = ad.read_h5ad(files/'Y1.h5ad')
+    del section.uns['histogene']['patient']
+    write_h5ad(section, tmp_path/'own.h5ad')
+    shutil.copy(files/'Y1.jpg', tmp_path/'photo.jpg')
+    def write(*lines):
+        (tmp_path/'sections.csv').write_text('\n'.join(lines), encoding='utf-8')
+        return str(tmp_path/'sections.csv')
+    return write
+
+@pytest.mark.parametrize('lines,said', [((), 'its first line is missing'), (('name,patient', 'a,P'), 'has a column path'), (('path,organ', 'own.h5ad,skin'), 'has a column path.*name, patient, image, spot_width'),
+    (('path',), 'no section in this table'), (('path,name', ',a'), 'line 2: there is no path'), (('path,name', '', 'own.h5ad,a,b'), 'line 3: there are more cells'), (('path,image', 'own.h5ad,none.jpg'), 'line 2: there is no image .*none.jpg'),
+    (('path,name', 'own.h5ad,a/b'), 'has a slash'), *((('path,spot_width', f'own.h5ad,{w}'), 'spot_width is') for w in ('wide', '-3', '0', 'nan', 'inf')), (('path', 'other.h5ad'), 'other.h5ad: there is no such file')])
+def test_table_that_cannot_be_used(table, lines, said):
+    with pytest.raises(InputError, match=said): commands._given(None, table(*lines), None)
+
+@pytest.mark.parametrize('between', [',', ';', '\t'])
+def test_table_of_sections(table, tmp_path, between, monkeypatch):
+    file = table('\ufeffpath,name,image,patient,spot_width'.replace(',', between), 'own.h5ad,mine,photo.jpg,Q,90'.replace(',', between), '', 'own.h5ad'.replace(',', between))
+    monkeypatch.chdir('/')
+    named, plain = (commands._read(g, None) for g in commands._given(None, file, None))
+    assert section_name(named) == 'mine' and named.uns['histogene']['patient'] == 'Q' and named.uns['histogene']['section'] == 'mine'
+    assert place(named).diameter == 90 and Path(place(named).path).samefile(tmp_path/'photo.jpg')
+    assert (section_name(plain), plain.uns['histogene']['patient'], place(plain).diameter) == ('Y1', 'Y1', 112)
+
+def test_whose_tissue(table, files, tmp_path):
+    "A table says it, or the file does; leaving out patients that nobody named is refused, and nothing is written"
+    file = table('path,name,patient', 'own.h5ad,mine,Q')
+    read, catalogue = reader([files/'X1.h5ad', tmp_path/'own.h5ad'], samples=file)
+    assert catalogue.patient.to_dict() == dict(X1='X', Y1='Y1', mine='Q') and list(catalogue.told) == [True, False, True] and section_name(read('mine')) == 'mine'
+    section = ad.read_h5ad(tmp_path/'own.h5ad')
+    section.obs['patient'] = 'R'
+    assert reader([str(write_h5ad(section, tmp_path/'told.h5ad'))])[1].patient.to_dict() == dict(Y1='R')
+    for by in ('patient', 'both'):
+        with pytest.raises(InputError, match=f'--by {by}: it is not said whose tissue Y1 is.*--samples'): histogene_reproduce([str(files/'X1.h5ad'), str(tmp_path/'own.h5ad')], by=by, out=str(tmp_path/'run'))
+    with pytest.raises(InputError, match='both called Y1'): reader([tmp_path/'own.h5ad'], samples=table('path', 'own.h5ad'))
+    assert not (tmp_path/'run').exists()
+
+def test_trained_on_and_predicted_by_a_table(table, model, files, tmp_path, monkeypatch):
+    file = table('path,name', 'own.h5ad,one', 'own.h5ad,two')
+    for n in range(2): histogene_predict(str(model), samples=file, out=str(tmp_path/'predicted'))         # in the place of its own earlier ones
+    assert sorted(p.name for p in (tmp_path/'predicted').iterdir()) == [f'{n}.{kind}' for n in ('one', 'two') for kind in ('csv', 'h5ad', 'json')]
+    assert section_name(ad.read_h5ad(tmp_path/'predicted/two.h5ad')) == 'two'
+    with pytest.raises(InputError, match='names a folder'): histogene_predict(str(model), samples=file, out='x.h5ad')
+    with pytest.raises(InputError, match='2 sections would be written as own.h5ad'): histogene_predict(str(model), samples=table('path', 'own.h5ad', 'own.h5ad'))
+    with pytest.raises(InputError, match='Give either'): histogene_predict(str(model), str(files/'Y1.h5ad'), samples=file)
+    histogene_train([str(files/'X1.h5ad')], samples=table('path,name', 'own.h5ad,mine'), out=str(tmp_path/'model'), n_top=40, min_spots=5, epochs=1, setting=TINY[1:4])
+    assert from_pretrained(tmp_path/'model').about['sections'] == ['X1', 'mine']
+
+# --- nothing is lost
+
+@pytest.mark.parametrize('kind', ['h5ad', 'csv', 'json'])
+def test_files_of_others_stay(model, files, tmp_path, kind):
+    "What the command did not write is never overwritten; an earlier prediction is"
+    mine = tmp_path/f'p.{kind}'
+    if kind == 'h5ad': shutil.copy(files/'X1.h5ad', mine)
+    else: mine.write_text({'csv': 'gene,r,mine\nA,1,2\n', 'json': '{"command": "histogene_train"}'}[kind])
+    before = mine.read_bytes()
+    with pytest.raises(InputError, match=f'p.{kind}: this file is there already, and histogene_predict did not write it'): histogene_predict(str(model), str(files/'Y1.h5ad'), out=str(tmp_path/'p.h5ad'))
+    assert mine.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [mine.name]
+
+def test_comparison_that_fails(predictions, model, files, tmp_path, monkeypatch):
+    "The prediction is written all the same, in the place of an earlier one and its table"
+    for kind in ('h5ad', 'csv', 'json'): shutil.copy(files/f'spots.{kind}', tmp_path/f'p.{kind}')
+    def fails(*_): raise InputError('It cannot be compared.')
+    monkeypatch.setattr('histogene_nb.evaluation.gene_correlations', fails)
+    with pytest.raises(InputError, match='It cannot be compared. The prediction itself is in .*p.h5ad'): histogene_predict(str(model), str(files/'Y1.h5ad'), out=str(tmp_path/'p.h5ad'))
+    assert json.loads((tmp_path/'p.json').read_text())['results'] == {} and not (tmp_path/'p.csv').exists()
+    assert np.allclose(ad.read_h5ad(tmp_path/'p.h5ad').X, predictions['spots'][1].X, atol=1e-5)
+
+def test_two_predictions_of_one_name(predictions, files, tmp_path, monkeypatch):
+    "Each is drawn, under the path that tells them apart"
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(plt, 'close', drawn.append)
+    for folder in 'ab': Path(folder).mkdir(); shutil.copy(files/'spots.h5ad', f'{folder}/p.h5ad')
+    histogene_plot(['a/p.h5ad', 'b/p.h5ad', str(files/'x4.h5ad')], genes=[predictions['spots'][1].var_names[0]])
+    assert [ax.get_title() for ax in drawn[0].axes if ax.get_title()] == ['image', 'a/p\nHisToGene', 'b/p\nHisToGene', 'x4\nHisToGene_SR']
+
 # --- errors
 
 def test_errors_are_one_line(model, files, tmp_path):
@@ -208,10 +297,15 @@ def test_errors_are_one_line(model, files, tmp_path):
     cases = [(['histogene_train', files/'X1.h5ad', '--out', model, *TINY], 'there is a trained model already'),
              (['histogene_train', 'Q9', '--root', files/'her2st', *out('m1')], 'Q9'),
              (['histogene_train', files/'X1.h5ad', '--device', 'cuda:77', *TINY, *out('m2')], "There is no device 'cuda:77'"),
+             (['histogene_train', files/'X1.h5ad', '--min-spots', 99_999, *out('m3')], 'Lower --min-spots.'),
+             (['histogene_train', files/'X1.h5ad', '--n-top', 0, *out('m4')], '(--n-top) must be a whole number'),
+             (['histogene_train', files/'X1.h5ad', *TINY, '--setting', 'depth=two', *out('m5')], '--setting depth=two: this is int, such as depth=8.'),
+             (['histogene_train', files/'X1.h5ad', '--setting', 'colour=blue', *out('m6')], '--setting colour is no setting of HisToGene, which has'),
+             (['histogene_train', files/'X1.h5ad', '--setting', 'epochs=2', *out('m7')], '--setting epochs=2: give it as --epochs.'),
              (['histogene_predict', tmp_path/'nothing', files/'Y1.h5ad', *out('p.h5ad')], 'is not a saved model'),
              (['histogene_predict', model, files/'Z9.h5ad', *out('p.h5ad')], 'Z9.h5ad'),
              (['histogene_predict', model, '--image', tmp_path/'cut.jpg', '--spot-diameter', 112, *out('p.h5ad')], 'cut.jpg'),
-             (['histogene_predict', model, *out('p.h5ad')], 'Give either a section or --image'),
+             (['histogene_predict', model, *out('p.h5ad')], 'Give either a section, --samples FILE or --image'),
              (['histogene_predict', model, files/'Y1.h5ad', '--superres', 3, *out('p.h5ad')], 'is a square'),
              (['histogene_predict', model, files/'Y1.h5ad', '--out', files/'Y1.h5ad'], 'the section itself'),
              (['histogene_download', 'B4', 'J7', '--no-images', '--root', tmp_path/'data'], "no section 'J7'")]
@@ -249,7 +343,7 @@ def test_demo(tmp_path):
 def test_real_sections(tmp_path):
     panel = Path(os.environ['HISTOGENE_DATA'])/'reference/published_panel_785.csv'
     out, cache = tmp_path/'model', ['--cache', tmp_path/'cache']
-    run('histogene_train', 'B4', '--panel', panel, '--out', out, '--dim', 32, '--depth', 1, '--heads', 2, '--epochs', 1, '--lr', 1e-3, *cache)
+    run('histogene_train', 'B4', '--panel', panel, '--out', out, '--setting', 'dim=32', 'depth=1', 'heads=2', '--epochs', 1, '--lr', 1e-3, *cache)
     spots, dense = run_all(['histogene_predict', out, 'C3', '--out', tmp_path/'C3.h5ad', *cache],
                            ['histogene_predict', out, 'C3', '--superres', 4, '--out', tmp_path/'C3_4x.h5ad', *cache])
     assert spots.returncode == dense.returncode == 0, spots.err + dense.err

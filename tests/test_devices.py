@@ -191,7 +191,7 @@ def sections(tmp_path_factory):
     for n in ('X1', 'X2', 'Y1'): write_h5ad(synthetic_section(folder, n, px=960), folder/f'{n}.h5ad')
     return folder
 
-MADE = {'HisToGene': """histogene_train {0}/X1.h5ad {0}/X2.h5ad --out model --dim 16 --depth 1 --heads 2 --epochs 2 --n-top 40 --min-spots 5
+MADE = {'HisToGene': """histogene_train {0}/X1.h5ad {0}/X2.h5ad --out model --setting dim=16 depth=1 heads=2 --epochs 2 --n-top 40 --min-spots 5
                         histogene_predict model {0}/Y1.h5ad --out spots.h5ad
                         histogene_predict model {0}/Y1.h5ad --superres 4 --out finer.h5ad
                         histogene_predict model --image {0}/Y1.jpg --spot-diameter 112 --out image.h5ad

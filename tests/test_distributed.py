@@ -29,7 +29,7 @@ def same(a, b):
 
 def test_a_process_is_killed(files, tmp_path):
     "The other one ends, nothing is left running, and one process alone goes on from the checkpoint"
-    args, file = [*files, '--batch', 2, '--every', 0, *TINY], tmp_path/'model/training.safetensors'
+    args, file = [*files, '--batch', 2, '--setting', 'every=0', *TINY], tmp_path/'model/training.safetensors'
     run = torchrun(*args, '--out', tmp_path/'model', '--epochs', 100_000)
     checkpoint_after(run, file)
     workers = {p.environ().get('RANK'): p for p in psutil.Process(run.pid).children()}

@@ -318,7 +318,7 @@ def test_visium_hd_bins_are_chosen_by_the_user(tmp_path, photograph):
 def test_visium_hd_by_the_commands(tmp_path, photograph):
     pytest.importorskip('pyarrow')
     bin = str(write_hd(tmp_path/'HD1', photograph)/'outs'/'binned_outputs'/f'square_{SIDE:03}um')
-    histogene_train([bin], out=str(tmp_path/'model'), epochs=1, n_top=20, min_spots=5, dim=16, depth=1, heads=2, lr=1e-3, device='cpu')
+    histogene_train([bin], out=str(tmp_path/'model'), epochs=1, n_top=20, min_spots=5, setting=['dim=16', 'depth=1', 'heads=2'], lr=1e-3, device='cpu')
     histogene_predict(str(tmp_path/'model'), bin, out=str(tmp_path/'p.h5ad'), device='cpu')
     p, s = ad.read_h5ad(tmp_path/'p.h5ad'), read_section(bin, verbose=False)
     assert p.n_obs == s.n_obs > 1000 and p.n_vars == 20 and np.isfinite(p.X).all() and np.allclose(p.obsm['spatial'], s.obsm['spatial'])
@@ -437,7 +437,7 @@ def test_store_by_the_commands(sd, tmp_path, photograph):
     theirs = as_scanpy(photograph, kinds=())
     theirs.var_names = GENES; theirs.uns['spatial']['V1']['metadata']['source_image_path'] = str(tmp_path/'full.png'); theirs.write_h5ad(tmp_path/'file.h5ad')
     for n,given in enumerate((store, str(tmp_path/'file.h5ad'))):
-        histogene_train([given], out=str(tmp_path/f'model{n}'), epochs=2, n_top=20, min_spots=5, dim=16, depth=1, heads=2, lr=1e-3, device='cpu')
+        histogene_train([given], out=str(tmp_path/f'model{n}'), epochs=2, n_top=20, min_spots=5, setting=['dim=16', 'depth=1', 'heads=2'], lr=1e-3, device='cpu')
         losses.append(json.loads((tmp_path/f'model{n}'/'config.json').read_text())['about']['training']['losses'])
         histogene_predict(str(tmp_path/f'model{n}'), given, out=str(tmp_path/f'{n}.h5ad'), device='cpu')
     p, q = (ad.read_h5ad(tmp_path/f'{n}.h5ad') for n in (0, 1))

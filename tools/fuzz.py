@@ -37,6 +37,7 @@ from histogene_nb.tissue import synthetic_section
 from histogene_nb.model import HisToGene
 
 TINY = dict(dim=16, depth=1, heads=2)
+SETTING = [f'{k}={v}' for k,v in TINY.items()]                                   # the same, for the command
 GENES = 30
 
 # --- inputs: how each is made in a folder, and how it is read from there
@@ -189,7 +190,7 @@ def see_predicted(home, **kwargs):
     return dict(predicted=predicted.to_df())
 
 def see_trained(home, **kwargs):
-    typed('histogene_train', [str(home/'X1.h5ad')], out=str(home/'out'/'model'), panel=str(home/'panel.csv'), epochs=1, device='cpu', **TINY, **kwargs)
+    typed('histogene_train', [str(home/'X1.h5ad')], out=str(home/'out'/'model'), panel=str(home/'panel.csv'), epochs=1, device='cpu', setting=SETTING, **kwargs)
     model = from_pretrained(home/'out'/'model')
     assert model.about['genes'] == read_panel(home/'panel.csv')
     return {}
@@ -211,7 +212,7 @@ def typed(name, *args, shell=False, **kwargs):
     if not shell:
         with redirect_stdout(io.StringIO()): return dict(histogene_predict=histogene_predict, histogene_train=histogene_train)[name](*args, **kwargs)
     words = [w for a in args for w in (a if isinstance(a, list) else [a])] + ([kwargs.pop('section')] if 'section' in kwargs else [])
-    code, said = script(Path(sys.executable).parent/name, [*words, *(f'--{k}={v}' for k,v in kwargs.items())])
+    code, said = script(Path(sys.executable).parent/name, [*words, *(f'--{k}={v}' for k,vs in kwargs.items() for v in (vs if isinstance(vs, list) else [vs]))])
     if not code: return
     assert code == 1 and len(said.splitlines()) == 1 and said.startswith(f'{name}: '), f'exit code {code}: {said[-2000:]}'
     raise InputError(said)

@@ -27,6 +27,7 @@ from histogene_nb.tissue import synthetic_section
 
 results = Path(histogene_nb.__file__).parent/'results'/'robustness'
 small = dict(epochs=8, every=0, lr=1e-3, dim=32, depth=2, heads=2)
+small_as_typed = dict(epochs=8, lr=1e-3, setting=['every=0', 'dim=32', 'depth=2', 'heads=2'])
 
 # The commands; each works in the current folder
 def train(sections, panel, **options): histogene_train(sections, out='model', cache='cache', panel=panel, **options)
@@ -62,11 +63,11 @@ def commands(folder):
     *known, new = [str(write_h5ad(s, folder/f'{n}.h5ad')) for s,n in zip(sections, ('X1', 'X2', 'Y1'))]
     panel = str(folder/'genes.txt')
     Path(panel).write_text('\n'.join(select_panel(sections[:2], n_top=20, min_spots=5)), encoding='utf-8')
-    for name,epochs in ('older', 1), ('model', 3): histogene_train(known, out=folder/name, panel=panel, **{**small, 'epochs': epochs})
+    for name,epochs in ('older', 1), ('model', 3): histogene_train(known, out=folder/name, panel=panel, **{**small_as_typed, 'epochs': epochs})
     histogene_predict(str(folder/'older'), new, out=folder/'before'/'predicted.h5ad')
-    options = [f'--{k}={v}' for k,v in small.items()]
+    options = ['--epochs=8', '--lr=1e-3', '--setting', *small_as_typed['setting']]
     shell = {c: Path(sys.executable).parent/c for c in ('histogene_train', 'histogene_predict')}
-    yield [('train', .2, partial(train, known, panel, **small), 'cache/*', None),
+    yield [('train', .2, partial(train, known, panel, **small_as_typed), 'cache/*', None),
            ('train the texture model', .04, partial(train, known[:1], panel, model='texture'), 'cache/*', None),
            ('predict', .1, partial(predict, str(folder/'model'), new, 1), 'cache/*', folder/'before'),
            ('predict 4x', .1, partial(predict, str(folder/'model'), new, 4), 'cache/*', folder/'before'),
