@@ -419,8 +419,12 @@ def from_pretrained(
     "Load a model that was saved with `save_pretrained`"
     files, kind = model_files(folder), None if kind is None else model_class(kind)
     try: model, kind, named, about, weights, together = _described(*files, kind)
-    except Exception as e: raise InputError(  # a damaged file can raise any kind of error
-        f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
+    except Exception as e:  # a damaged file can raise any kind of error
+        if gone := re.search(r"unexpected keyword argument ('\w+')", str(e)): raise InputError(
+            f'{folder}: this saved model was made by an earlier version of its class, or is damaged: there is '
+            f'no setting {gone[1]} any more. Train it again.') from e
+        raise InputError(
+            f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
     if kind is None: raise InputError(
         f'{folder}: this is a model of the class {named}, which is not this package\'s. '
         f'If you trust it, give its class: kind={named!r}, or --kind {named}.')
