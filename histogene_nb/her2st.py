@@ -295,7 +295,7 @@ def read_her2st(
 
     In sections that are not of it, a spot is half as wide as the distance to the next"""
     root, name = Path(root), _her2st_name(name)
-    published = name in her2st_catalogue().index
+    published = name in published_sections()
     find = partial(find_file, root, name)
     spot_file = find('spot file', f'ST-spotfiles/{name}_selection.tsv')
     joined, spots, left_out = join_counts(find('counts', f'ST-cnts/{name}.tsv.gz', f'ST-cnts/{name}.tsv'),

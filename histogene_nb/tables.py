@@ -268,7 +268,7 @@ def read_report(
     wide = f'a spot is {at.diameter:.4g} pixels wide'
     if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
-    unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue'} & set(h))
+    unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue', 'on_tissue'} & set(h))
     if h.get('mirrored'): wide += '; LOOK at the image: against the array it is mirrored'
     notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
     return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide,
