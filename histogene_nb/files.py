@@ -64,6 +64,9 @@ def reading(
             warnings.simplefilter('ignore')
             yield
     except InputError: raise
+    except MemoryError as e:
+        raise InputError(f'{path}: there is too little memory to read it as {kind}. Close other programs; or is it '
+                         'damaged, and asks for more than it holds?') from e
     except ImportError as e:
         raise InputError(f"{path}: reading it needs a package that is not installed "
                          f"({str(e).splitlines()[0]}). Install it, for parquet files with "

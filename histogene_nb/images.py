@@ -304,7 +304,8 @@ def _decoded(path, series):
     "An image in a TIFF file that is neither in 8 bits nor in one page, decoded whole"
     sizes = {a: n for a,n in zip(series.axes, series.shape) if n > 1 or a in 'XY'}
     axes, page = ''.join(sizes), series.keyframe
-    if axes not in ('YX', *(c + 'YX' for c in 'SCQI'), 'YXS', 'YXC') or int(page.photometric) not in (1, 2):
+    pages = axes in tuple(c + 'YX' for c in 'SCQI') and series.shape[series.axes.index(axes[0])]
+    if not (axes in ('YX', 'YXS', 'YXC') or pages == 3) or int(page.photometric) not in (1, 2):
         raise InputError(f'{path}: this TIFF is of {series.dtype} with axes {series.axes} of '
                          f'{series.shape}, not one image in 8-bit RGB. Export it as that.')
     check_pixels(path, sizes['X'], sizes['Y'])

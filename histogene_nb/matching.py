@@ -57,15 +57,15 @@ def turned(
 
 @lru_cache(4)
 def _thumbnail(path, *state):
-    with open_image(path) as im, decoding(path): return im.size, small_copy(im, 600)
+    with open_image(path) as im, decoding(path): return small_copy(im, 600)
 
 def thumbnail(
     path:str|Path, # of an image
 )->tuple: # the image's width and height; uint8 (h, w, 3), a copy whose longer side has at most 600 pixels
     "A small copy of an image, made once"
-    path = Path(path)
-    state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else ()
-    return _thumbnail(path, *state)
+    with open_image(path) as im: size = im.size
+    known = Path(path).stat()
+    return size, _thumbnail(str(path), size, known.st_mtime_ns, known.st_size)
 
 # %% ../nbs/tissue/matching.ipynb #921da2d0
 ADVICE = 'Give the image that the positions were measured on, neither turned nor cropped.'
@@ -109,8 +109,9 @@ def spot_shares(
     spatial:np.ndarray, # (n, 2) spot centres in pixels of the image
     picture:np.ndarray, # uint8 (h, w, 3), a small copy of it
     scale:float, # its pixels for one of the image
-)->dict|None: # of each way round, the share of spots on tissue; None where no tissue can be told from glass
+)->dict|None: # of each way round, the share of spots on tissue; None where tissue cannot be told from glass
     "How many spots lie on tissue, as an image is and if it were turned"
+    if max(picture.shape) < 200: return                                    # too small to see how rough it is
     try: mask = tissue_mask(picture)
     except InputError: return
     return {w: float(in_tissue(spatial, turned(mask, w), scale).mean()) for w in WAYS}
@@ -146,9 +147,10 @@ def count_on_tissue(
         picture = np.asarray(as_rgb(np.asarray(at.images['hires'])))
         size = np.array(picture.shape[1::-1])/at.scalefactors.get('tissue_hires_scalef', 1)
     odd, impossible = _misplaced(section, size)
-    if impossible: raise InputError(f'{at.path or at.name}: {odd} Divide them by its scale factor '
-                                    '(tissue_lowres_scalef or tissue_hires_scalef).')
     shares = spot_shares(section.obsm['spatial'], picture, picture.shape[1]/size[0])
+    if impossible or odd and shares and shares['as it is'] < .5:
+        raise InputError(f'{at.path or at.name}: {odd} Divide them by its scale factor '
+                         '(tissue_lowres_scalef or tissue_hires_scalef).')
     doubts = [odd, compared]
     if shares: h['on_tissue'] = round(shares['as it is']*len(section))
     if shares and compared is None: doubts.append(_doubts(section, at.path or at.name, shares))

@@ -142,6 +142,9 @@ def read_spatialdata(
     except ImportError as e:
         raise InputError(f"{path}: reading it needs spatialdata, which is not installed: "
                          "pip install 'histogene_nb[spatialdata]'.") from e
+    for p in store.rglob('*') if store.is_dir() else ():
+        if not (p.is_file() or p.is_dir()):                                     # a pipe would be waited for
+            raise InputError(f'{p}: this is neither a file nor a folder. Copy the store again.')
     with reading(store, 'a SpatialData store'), _no_unpickling():
         data = read_zarr(store, selection=('images', 'shapes', 'tables'))
         counted = _counted(data)

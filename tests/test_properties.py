@@ -27,7 +27,8 @@ from histogene_nb.tables import array_positions, read_st
 from histogene_nb.superres import average_patches, predict_dense, recover_spots
 from histogene_nb.texture import TextureModel
 from histogene_nb.training import turn_patches
-from histogene_nb.visium import image_scale, read_visium
+from histogene_nb.matching import image_scale
+from histogene_nb.visium import read_visium
 from histogene_nb.yields import array_yields, at_positions, local_yield
 
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('`n_top_genes`', 'Some cells have zero counts', 'invalid value encountered in log')]       # scanpy, of sections as small as these
@@ -185,11 +186,12 @@ def test_image_scale(width, height, scale, factor, rounded):
     with TemporaryDirectory() as folder:
         path = Path(folder)/'he.png'
         Image.new('1', tuple(image)).save(path)
-        found = image_scale(path, tuple(size), scale)
+        picture = np.zeros(size[::-1], np.uint8)                                # of one colour, as the image: only sizes tell
+        found, doubt = image_scale(path, picture, scale)
         assert found == pytest.approx(factor, rel=2.2/size.min() + 2.2/image.min()) and (factor < 1 or found == 1)    # both are rounded, and 1 is taken where that leaves it possible
         if max(size)*.8 > min(size) + 3 and min(image) > 50:
             Image.new('1', tuple(image[::-1])).save(path)
-            with pytest.raises(InputError, match='neither turned nor cropped'): image_scale(path, tuple(size), scale)
+            with pytest.raises(InputError, match='neither turned nor cropped'): image_scale(path, picture, scale)
 
 # --- sections
 

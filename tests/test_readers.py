@@ -12,7 +12,8 @@ from histogene_nb.readers import read_section
 from histogene_nb.sections import place, section_name
 from histogene_nb.spatialdata import read_spatialdata
 from histogene_nb.tables import IMAGES, TABLES, array_positions, load_table, one_file, read_st
-from histogene_nb.visium import image_scale, read_visium, synthetic_visium, write_visium
+from histogene_nb.matching import image_scale
+from histogene_nb.visium import read_visium, synthetic_visium, write_visium
 
 PX, SIDE = 400, 8                                                             # of the full image, and of the smallest bin: pixels of 1 µm
 GENES = [f'G{i}' for i in range(30)]
@@ -106,11 +107,11 @@ def last_twice(text): return text + text.splitlines()[-1]
     (POSITIONS, replace(('-1,', ',')), 'none of the 174 spots with counts, such as SPOT000-1', {}),
     (POSITIONS, last_twice, 'spot SPOT223-1 occurs twice', {}),
     (POSITIONS, replace((',100.0', ',here')), "pxl_col_in_fullres of row 1 is 'here'", {}),
-    (POSITIONS, replace(('SPOT000-1,1,0', 'SPOT000-1,1,')), 'spot SPOT000-1 has no whole array_row', {}),
+    (POSITIONS, replace(('SPOT000-1,1,0', 'SPOT000-1,1,0.5')), 'spot SPOT000-1 has no whole array_row', {}),
     (POSITIONS, lambda t: t.splitlines()[0], 'it holds no spots', {}),
     (POSITIONS, None, 'the positions are missing', {}),
     (FACTORS, lambda t: t[:20], 'cannot be read as JSON', {}),
-    (FACTORS, replace(('55.0', '-1')), 'spot_diameter_fullres is -1.0', {}),
+    (FACTORS, replace(('55.0', '-1')), 'spot_diameter_fullres is -1;', {}),
     (FACTORS, replace(('0.5', '1.5')), 'H1: spot .* is outside the image tissue_hires', dict(name='H1')),
     (POSITIONS, str, 'cropped.png: .* does not have the shape', dict(image='cropped.png')),
     (POSITIONS, str, 'empty.csv: cannot be read as an image', dict(image='empty.csv')),
@@ -167,7 +168,7 @@ def test_write_visium_needs_an_image(made, tmp_path):
     refused('H1: this layout has pictures', write_visium, section, tmp_path/'outs')
 
 def test_image_scale_refused(made):
-    refused('neither turned nor cropped', image_scale, made[0]/'cropped.png', (200, 200), .125)
+    refused('neither turned nor cropped', image_scale, made[0]/'cropped.png', np.zeros((200, 200)), .125)
 
 def test_files_of_a_folder(made, tmp_path):
     for name in ('a.csv', 'b.tsv.gz', 'c.txt'): (tmp_path/name).touch()
@@ -264,9 +265,9 @@ def test_paths_refused(made, tmp_path):
     refused('none.h5ad: there is no such file', read_section, tmp_path/'none.h5ad')
     refused('give the folder that this file is in', read_section, made[0]/'tables'/'spots.csv')
     refused('nowhere: there is no such folder', read_section, tmp_path/'nowhere')
-    refused('the counts are missing: no file here fits', read_section, made[0]/'outs'/'spatial')
+    refused('the counts are missing: .* calls outs', read_section, made[0]/'outs'/'spatial')
     refused('nowhere: there is no such folder', read_visium, tmp_path/'nowhere')
-    refused('spatial: there is no such folder', read_visium, made[0]/'outs'/'spatial')
+    refused('spatial: there is no such folder', read_visium, made[0]/'tables')
 
 def test_damaged_old_visium(made, tmp_path):
     "As on the page of all formats: a file at random with a fault at random is refused, or read"
