@@ -171,7 +171,8 @@ def _counts_table(path):
     if table.shape[1] < 2 or not len(table):
         raise InputError(f'{path}: {len(table)} rows and {table.shape[1]} columns. A table of counts has a '
                          'row a spot, first its name, then its count of each gene; or a row a gene.')
-    table = table.set_index(table.columns[0])
+    names, table = table.iloc[:, 0], table.iloc[:, 1:]          # `set_index` takes seconds where names are numbers
+    table.index = pd.Index(names)
     text = [c for c,t in zip(table.columns, table.dtypes) if not pd.api.types.is_numeric_dtype(t)]
     if text: as_numbers(table, text, path)
     return table.astype(np.float32)
