@@ -71,17 +71,18 @@ _POSITIONS = ['barcode', 'in_tissue', 'array_row', 'array_col', 'pxl_row_in_full
 def _with_header(table, file):
     "A table of positions whose columns have names: its first line's, or spaceranger's in their order"
     if set(_POSITIONS[1:]) & set(first := list(table.iloc[0])):
-        table = table.iloc[1:].set_axis(['barcode' if i == 0 and pd.isna(c) else c for i,c in enumerate(first)], axis=1)
+        names = ['barcode' if i == 0 and pd.isna(c) else c for i,c in enumerate(first)]
+        table = table.iloc[1:].set_axis(names, axis=1)
     elif table.shape[1] == len(_POSITIONS): table = table.set_axis(_POSITIONS, axis=1)
-    else: raise InputError(f'{file}: it has no header, and {table.shape[1]} columns instead of {len(_POSITIONS)}. '
-                           'Give the file as spaceranger wrote it.')
+    else: raise InputError(f'{file}: it has no header, and {table.shape[1]} columns instead of '
+                           f'{len(_POSITIONS)}. Give the file as spaceranger wrote it.')
     return table.reset_index(drop=True)
 
 def _visium_positions(folder):
     "Barcode -> in_tissue, array_row, array_col and pixel row and column, of all positions that have them"
     file = one_file(folder, 'positions', TABLES, 'tissue_positions.*', '*tissue_positions*')
     table = load_table(file, header=None, dtype=str)
-    if 'in_tissue' not in table: table = _with_header(table, file)                # a .parquet file has names
+    if 'in_tissue' not in table: table = _with_header(table, file)          # a .parquet file has names
     missing = [c for c in _POSITIONS if c not in table]
     if missing:
         raise InputError(f'{file}: there is no column {missing[0]} among '
@@ -92,8 +93,8 @@ def _visium_positions(folder):
         raise InputError(f'{file}: spot {table.barcode[again.argmax()]} occurs twice. Keep one of the two.')
     words = {'true': 1, 'false': 0}
     told = table.in_tissue.map(lambda v: words.get(str(v).strip().lower(), v))
-    numbers = as_numbers(table.assign(in_tissue=told), _POSITIONS[1:], file).set_index(table.barcode.astype(str))
-    numbers = numbers.dropna()
+    numbers = as_numbers(table.assign(in_tissue=told), _POSITIONS[1:], file)
+    numbers = numbers.set_index(table.barcode.astype(str)).dropna()
     odd = (numbers[['array_row', 'array_col']] % 1).any(axis=1)
     if odd.any() or not len(numbers):
         raise InputError(f'{file}: ' + (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; '
@@ -127,7 +128,8 @@ def _pictures(spatial, file, factors):
     return [(p, _factor(file, factors, f'tissue_{k}_scalef')) for k,p in found.items() if p]
 
 # %% ../nbs/tissue/visium.ipynb #c9292c2a
-_OWN = re.compile('tissue_(hires|lowres)_image|aligned_(fiducials|tissue_image)|detected_tissue_image|cytassist_image')
+_OWN = re.compile('tissue_(hires|lowres)_image|aligned_(fiducials|tissue_image)'
+                  '|(detected_tissue|cytassist)_image')
 
 def _beside(folder):
     "The one image beside a section's counts that is not spaceranger's own, or None"
@@ -143,7 +145,7 @@ def _beside(folder):
         if found: return found[0]
 
 def _visium_image(folder, image, small):
-    "The image to cut patches from, or None; its pixels for one of full resolution; and doubts, None without a picture"
+    "The image to use, or None; its pixels for one of full resolution; doubts, None without a picture"
     given, image = image, image or _beside(folder)
     if image is None: return (*small[0], '') if small else (None, 1., None)
     if not small: return image, 1., None
@@ -152,8 +154,8 @@ def _visium_image(folder, image, small):
     try: return (image, *image_scale(image, pixels, scale))
     except InputError as e:
         if given: raise
-        raise InputError(f'{e} This one was taken because it lies beside the counts: move it away, or say which with '
-                         f'image={str(picture)!r}.') from e
+        raise InputError(f'{e} This one was taken because it lies beside the counts: move it away, or say '
+                         f'which with image={str(picture)!r}.') from e
 
 # %% ../nbs/tissue/visium.ipynb #057885d5
 def _bins(folder):
@@ -186,8 +188,8 @@ def _one_bin(folder):
     if bins: return bins[0]
     if cells := _cells(folder):
         beside = ', '.join(map(str, _bins(cells.parent))) or 'binned_outputs/square_016um, beside it'
-        raise InputError(f'{cells}: these are counts of segmented cells, which lie on no array. Give the folder of '
-                         f'one bin size: {beside}.')
+        raise InputError(f'{cells}: these are counts of segmented cells, which lie on no array. Give the '
+                         f'folder of one bin size: {beside}.')
     return folder
 
 # %% ../nbs/tissue/visium.ipynb #5d3a561e
