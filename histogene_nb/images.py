@@ -45,7 +45,8 @@ def _check_file(path, image):
     least = dict(JPEG=w*h/512, PNG=h*(w*bits/8)/1032).get(image.format, 0)
     if path.suffix != '.gz' and path.stat().st_size < least:
         raise InputError(f'{path}: its header says {w} x {h} pixels, but its '
-                         f'{path.stat().st_size/1e3:,.0f} kB cannot hold that many. Download or export it again.')
+                         f'{path.stat().st_size/1e3:,.0f} kB cannot hold that many. '
+                         'Download or export it again.')
 
 def _deep(image):
     "Whether a PIL image will be made of numbers of more than 8 bits by leaving some out, as Pillow does"
@@ -66,7 +67,8 @@ def _upright(path, image):
         image.fp.seek(0)
         with decoding(path): image, exif = as_rgb(decode(image.fp.read()), path), Image.Image.getexif(image)
         if exif: image.info['exif'] = exif.tobytes()
-    if image.format == 'TIFF' or Image.Image.getexif(image).get(274, 1) == 1: return image   # Pillow turns these
+    turned = image.format != 'TIFF' and Image.Image.getexif(image).get(274, 1) != 1   # Pillow turns TIFFs itself
+    if not turned: return image
     with decoding(path): return ImageOps.exif_transpose(image)
 
 def _open_whole(path, frame=0):

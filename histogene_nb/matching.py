@@ -20,7 +20,7 @@ from .patches import in_tissue, tissue_mask
 from .sections import place, small_copy
 
 # %% ../nbs/tissue/matching.ipynb #266bb455
-SIDE, SMOOTH = 300, 2                                  # pixels: longer side of what is compared, width of the mean
+SIDE, SMOOTH = 300, 2                          # pixels: longer side of what is compared, width of the mean
 
 def details(
     picture:np.ndarray, # uint8 (h, w, 3)
@@ -167,4 +167,4 @@ def image_notes(
     "What a report says about a section and its image"
     h = section.uns['histogene']
     seen = f"{h.get('on_tissue')} of {len(section)} spots on tissue in the image"
-    return [seen]*('on_tissue' in h) + ([f"LOOK at the image: {h['image_doubt']}"] if 'image_doubt' in h else [])
+    return [seen]*('on_tissue' in h) + [f"LOOK at the image: {h.get('image_doubt')}"]*('image_doubt' in h)

@@ -97,9 +97,9 @@ def _visium_positions(folder):
     numbers = numbers.set_index(table.barcode.astype(str)).dropna()
     odd = (numbers[['array_row', 'array_col']] % 1).any(axis=1)
     if odd.any() or not len(numbers):
-        raise InputError(f'{file}: ' + (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; '
-                         f'{int(odd.sum())} such in all' if len(numbers) else 'no spot has a position')
-                         + '. Give the file as spaceranger wrote it.')
+        what = (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; {int(odd.sum())} such '
+                'in all' if len(numbers) else 'no spot has a position')
+        raise InputError(f'{file}: {what}. Give the file as spaceranger wrote it.')
     return numbers.astype(dict(array_row=int, array_col=int))
 
 # %% ../nbs/tissue/visium.ipynb #43e9f40f
@@ -110,7 +110,7 @@ def _scalefactors(folder):
         data = file.read_bytes()
         held = json.loads(gzip.decompress(data) if file.suffix == '.gz' else data)
         if not isinstance(held, dict): raise ValueError('it holds no names')
-        found = {k: pd.to_numeric(np.ravel(v), errors='coerce') for k,v in held.items()}     # R writes lists of one
+        found = {k: pd.to_numeric(np.ravel(v), errors='coerce') for k,v in held.items()}
     factors = {k: float(v[0]) for k,v in found.items() if len(v) == 1 and 0 < v[0] < np.inf}
     _factor(file, factors, 'spot_diameter_fullres', held)
     return file, factors
@@ -164,7 +164,7 @@ def _bins(folder):
                                      *folder.glob('square_*/spatial')])
 
 def _spatial(folder):
-    "Where positions and pictures are: `spatial`, or the folder itself, as GEO has them; None where they are not"
+    "Where positions and pictures are: `spatial`, or the folder itself, as GEO has them; else None"
     flat = any(folder.glob('*scalefactors_json.json*')) and any(folder.glob('*tissue_positions*'))
     return folder/'spatial' if (folder/'spatial').is_dir() else folder if flat else None
 
