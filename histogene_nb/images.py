@@ -57,6 +57,7 @@ def _deep(image):
     at = head.find(b'\xff\x4f\xff\x51')                   # where the sizes are; how deep, 42 bytes on
     return at >= 0 and len(head) > at + 42 and head[at + 42] % 128 > 7
 
+# %% ../nbs/tissue/images.ipynb #4c5c39b7
 def _upright(path, image):
     "A PIL image with all its bits, turned as its file says; where that is plain, nothing is decoded"
     if _deep(image):
@@ -71,6 +72,7 @@ def _upright(path, image):
     if not turned: return image
     with decoding(path): return ImageOps.exif_transpose(image)
 
+# %% ../nbs/tissue/images.ipynb #b5dad339
 def _open_whole(path, frame=0):
     "The PIL image: its size is known, no pixel is decoded"
     limit = Image.MAX_IMAGE_PIXELS
@@ -111,6 +113,7 @@ def _channels_last(pixels, where):
                          'Export it as that.')
     return pixels
 
+# %% ../nbs/tissue/images.ipynb #c0affb0c
 def _eight_bits(pixels, where):
     "uint8 of the same shape; floats from 0 to 1, and up to 16 bits, by the largest number in it"
     if pixels.dtype == np.uint8: return pixels
@@ -126,6 +129,7 @@ def _eight_bits(pixels, where):
     if not real: return np.rint(np.arange(top + 1)*255/top).astype(np.uint8)[pixels.astype(np.int32)]
     return np.rint(pixels*(255/top)).clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/tissue/images.ipynb #f09f369c
 def as_rgb(
     image:Image.Image|np.ndarray, # open image; or pixels (h, w), (h, w, colours), (colours, h, w) of any type
     where:str|Path='', # what it is, for the message; the image's own file unless given
@@ -322,6 +326,7 @@ def _decoded(path, series):
         image.getexif()[274] = page.tags.valueof(274, 1)
         return ImageOps.exif_transpose(image)
 
+# %% ../nbs/tissue/images.ipynb #32a64b57
 def _levels(path, tif):
     "The largest image in a TIFF file, with its pyramid; None where Pillow should read the first"
     def area(s): return _sizes(s).get('X', 0)*_sizes(s).get('Y', 0)

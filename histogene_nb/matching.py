@@ -61,6 +61,7 @@ def turned(
 def _thumbnail(path, *state):
     with open_image(path) as im, decoding(path): return small_copy(im, 600)
 
+# %% ../nbs/tissue/matching.ipynb #2063f02c
 def thumbnail(
     path:str|Path, # of an image
 )->tuple: # the image's width and height; uint8 (h, w, 3), a copy whose longer side has at most 600 pixels
@@ -138,6 +139,7 @@ def _doubts(section, path, shares):
     if own < .5 and shares[best] > own + .25: raise InputError(f'{path}: {found}. {ADVICE}')
     return found if shares[best] > own + .1 else ''
 
+# %% ../nbs/tissue/matching.ipynb #531cd28c
 def count_on_tissue(
     section:AnnData, # with an image in a file, or embedded; positions in its pixels
     compared:str|None=None, # what `image_scale` found doubtful, '' for nothing; None without a picture
@@ -161,6 +163,7 @@ def count_on_tissue(
     if any(doubts): h['image_doubt'] = '; '.join(d for d in doubts if d)
     return section
 
+# %% ../nbs/tissue/matching.ipynb #1fff6f7f
 def image_notes(
     section:AnnData, # after `count_on_tissue`
 )->list: # of phrases

@@ -43,6 +43,7 @@ def _three_files(folder):
     if genes.shape[1] > 2: var['feature_types'] = genes[2].to_numpy()
     return AnnData(X, pd.DataFrame(index=spots[0].to_numpy()), var)
 
+# %% ../nbs/tissue/visium.ipynb #d1c084a7
 def _visium_counts(folder):
     "Barcodes x genes of the filtered matrix, with unique names of genes, and how many had to be renamed"
     for kind in 'filtered', 'raw':
@@ -78,6 +79,7 @@ def _with_header(table, file):
                            f'{len(_POSITIONS)}. Give the file as spaceranger wrote it.')
     return table.reset_index(drop=True)
 
+# %% ../nbs/tissue/visium.ipynb #2425d17a
 def _visium_positions(folder):
     "Barcode -> in_tissue, array_row, array_col and pixel row and column, of all positions that have them"
     file = one_file(folder, 'positions', TABLES, 'tissue_positions.*', '*tissue_positions*')
@@ -144,6 +146,7 @@ def _beside(folder):
                              'or leave one of them there.')
         if found: return found[0]
 
+# %% ../nbs/tissue/visium.ipynb #76f648ee
 def _visium_image(folder, image, small):
     "The image to use, or None; its pixels for one of full resolution; doubts, None without a picture"
     given, image = image, image or _beside(folder)
@@ -179,6 +182,7 @@ def _cells(folder):
     return next((f for f in (folder, folder/'segmented_outputs') if f.name == 'segmented_outputs'
                  and f.is_dir() or any(f.glob('*filtered_feature_cell_matrix*'))), None)
 
+# %% ../nbs/tissue/visium.ipynb #4836ef41
 def _one_bin(folder):
     "The folder itself, or that of the one bin size in it"
     bins = _bins(folder)
@@ -202,6 +206,7 @@ def _in_tissue(counts, places, folder):
                      f'{counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as '
                      f'{places.index[0]}. Are they of the same section?')
 
+# %% ../nbs/tissue/visium.ipynb #ad70887b
 def read_visium(
     folder:str|Path, # spaceranger's `outs`, or one like it: `outs/binned_outputs/square_016um` of Visium HD
     name:str|None=None, # of the section; the folder's name unless given
