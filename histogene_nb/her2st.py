@@ -202,7 +202,7 @@ def join_report(
     notes = [f'{h[k]} {text}' for k,text in _left_out.items() if h.get(k)]
     by, known = h.get('tissue_by', 'in_tissue' if 'not_in_tissue' in h else None), section.n_obs
     spots = known + h.get('not_in_tissue', 0) + h.get('on_glass', 0)
-    tissue = [f"{h.get('on_tissue', known)} of {spots} on tissue by {by}"]*bool(by)
+    tissue = [f'{known} of {spots} on tissue by {by}']*bool(by)
     return '; '.join([f'{section_name(section)}: {known} spots, {section.n_vars} genes', *tissue, *notes])
 
 # %% ../nbs/tissue/her2st.ipynb #ec321919

@@ -176,7 +176,7 @@ def section_name(
     section:AnnData, # one section
 )->str: # its name, e.g. 'B4'
     "The name of a section: the one key of `uns['spatial']`"
-    names = [k for k in section.uns.get('spatial', {}) if k != 'is_single']     # a mark that CELLxGENE requires
+    names = [k for k in section.uns.get('spatial', {}) if k != 'is_single']   # a mark that CELLxGENE requires
     if len(names) != 1:
         raise InputError(f"A section has exactly one name in uns['spatial'], this AnnData has "
                          f'{len(names)}: {names}. '
