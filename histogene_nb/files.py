@@ -103,11 +103,11 @@ def _near(name, names):
 def look_for(
     section:str|Path, # a name, or the path of one's own
     root:str|Path|None=None, # folder of the published data; where the commands look unless given
-)->Path|None: # of one's own, or of a section in a folder laid out like the HER2+ data; None for a published one
-    "Which section is meant: what is on the disk, or else a published one; `InputError` where it is neither, or both"
+)->Path|None: # of one's own, or of a section in a folder like that of the HER2+ data; None for a published one
+    "Which section is meant: what is on the disk, or else a published one; `InputError` for neither, or both"
     path, text = Path(section), str(section)
     folders = [Path(root)] if root else [data_folder(), data_folder().with_name('cscc')]
-    if any(p.suffix.lower() == '.zarr' for p in path.parents): return path         # what is in a store, its reader knows
+    if any(p.suffix.lower() == '.zarr' for p in path.parents): return path    # what is in a store, its reader knows
     name = glob.escape(path.name)
     if len(path.parts) != 1 or path.suffix or text != path.name:
         if path.exists() or path.name and any(path.parent.glob(f'ST-cnts/{name}.tsv*')): return path
@@ -116,8 +116,8 @@ def look_for(
                          f'Check the path.{_near(path.name, beside)}')
     there = [f for f in folders for p in (f'ST-cnts/{name}.tsv*', f'*_{name}_stdata.tsv*') if any(f.glob(p))]
     if path.exists() and there:
-        raise InputError(f'{text}: there is a file or folder of this name here, and a section of this name in {there[0]}. '
-                         f'Say which: {os.path.join(".", text)} is your own, {there[0]/text} the other.')
+        raise InputError(f'{text}: there is a file or folder of this name here, and a section of this name in '
+                         f'{there[0]}. Say which: {os.path.join(".", text)} is your own, {there[0]/text} the other.')
     if path.exists(): return path
     published = [*published_sections(), *(f'P{p}_ST_rep{r}' for p in (2, 5, 9, 10) for r in (1, 2, 3))]
     if there: return None
@@ -126,8 +126,8 @@ def look_for(
                          'Fetch it with histogene_download, or say with root where it is.')
     here = [p.name for p in Path().iterdir() if p.name[0] != '.']
     raise InputError(f'{text}: there is no such file or folder here, and no such section in '
-                     f'{" or ".join(map(str, folders))}. Check the name, or give the path of your own section.'
-                     f'{_near(text, here + published)}')
+                     f'{" or ".join(map(str, folders))}. Check the name, or give the path of your own '
+                     f'section.{_near(text, here + published)}')
 
 # %% ../nbs/runs/files.ipynb #51182137
 def model_files(

@@ -41,31 +41,38 @@ def check_pixels(
 def _check_file(path, image):
     "Raise `InputError` where a file is too small for the image that its header claims, at best compression"
     (w, h), bits = image.size, dict(RGB=24, RGBA=32, LA=16).get(image.mode, 1)
-    least = dict(JPEG=w*h/512, PNG=h*(w*bits/8)/1032).get(image.format, 0)  # a bit for 8 x 8 pixels; deflate's limit
+    # a bit for 8 x 8 pixels; the most that deflate can do
+    least = dict(JPEG=w*h/512, PNG=h*(w*bits/8)/1032).get(image.format, 0)
     if path.suffix != '.gz' and path.stat().st_size < least:
-        raise InputError(f'{path}: its header says {w} x {h} pixels, but its {path.stat().st_size/1e3:,.0f} kB cannot hold '
-                         'that many. Download or export it again.')
+        raise InputError(f'{path}: its header says {w} x {h} pixels, but its '
+                         f'{path.stat().st_size/1e3:,.0f} kB cannot hold that many. '
+                         'Download or export it again.')
 
 def _deep(image):
     "Whether a PIL image will be made of numbers of more than 8 bits by leaving some out, as Pillow does"
-    if image.format != 'JPEG2000': return any(';16' in str(tile[3]) for tile in image.tile) and image.mode[0] != 'I'
+    if image.format != 'JPEG2000':
+        return any(';16' in str(tile[3]) for tile in image.tile) and image.mode[0] != 'I'
     image.fp.seek(0)
     head = image.fp.read(2**16)
-    at = head.find(b'\xff\x4f\xff\x51')                             # where the sizes are; how deep, 42 bytes on
+    at = head.find(b'\xff\x4f\xff\x51')                   # where the sizes are; how deep, 42 bytes on
     return at >= 0 and len(head) > at + 42 and head[at + 42] % 128 > 7
 
+# %% ../nbs/tissue/images.ipynb #4c5c39b7
 def _upright(path, image):
-    "A PIL image as it should be seen: all its bits, and turned as its file says; nothing is decoded where that is plain"
+    "A PIL image with all its bits, turned as its file says; where that is plain, nothing is decoded"
     if _deep(image):
         import imagecodecs                                                  # only this needs it
         decode = dict(PNG=imagecodecs.png_decode, JPEG2000=imagecodecs.jpeg2k_decode).get(image.format)
-        if not decode: raise InputError(f'{path}: its pixels have more than 8 bits a colour. Export it as 8-bit RGB.')
+        if not decode:
+            raise InputError(f'{path}: its pixels have more than 8 bits a colour. Export it as 8-bit RGB.')
         image.fp.seek(0)
         with decoding(path): image, exif = as_rgb(decode(image.fp.read()), path), Image.Image.getexif(image)
         if exif: image.info['exif'] = exif.tobytes()
-    if image.format == 'TIFF' or Image.Image.getexif(image).get(274, 1) == 1: return image    # Pillow turns TIFFs
+    turned = image.format != 'TIFF' and Image.Image.getexif(image).get(274, 1) != 1   # Pillow turns TIFFs itself
+    if not turned: return image
     with decoding(path): return ImageOps.exif_transpose(image)
 
+# %% ../nbs/tissue/images.ipynb #b5dad339
 def _open_whole(path, frame=0):
     "The PIL image: its size is known, no pixel is decoded"
     limit = Image.MAX_IMAGE_PIXELS
@@ -89,8 +96,8 @@ def decoding(
     try: yield
     except InputError: raise
     except MemoryError as e:
-        raise InputError(f'{path}: there is too little memory to decode this image. Close other programs, or export it as '
-                         'a tiled TIFF, which is read region by region.') from e
+        raise InputError(f'{path}: there is too little memory to decode this image. Close other programs, '
+                         'or export it as a tiled TIFF, which is read region by region.') from e
     except Exception as e:                                   # Pillow and its like raise errors of all kinds
         raise InputError(f'{path}: the image is damaged or incomplete ({e}). Download or export it '
                          'again.') from e
@@ -106,34 +113,39 @@ def _channels_last(pixels, where):
                          'Export it as that.')
     return pixels
 
+# %% ../nbs/tissue/images.ipynb #c0affb0c
 def _eight_bits(pixels, where):
     "uint8 of the same shape; floats from 0 to 1, and up to 16 bits, by the largest number in it"
     if pixels.dtype == np.uint8: return pixels
-    if pixels.dtype.kind not in 'biuf': raise InputError(f'{where}: its pixels are {pixels.dtype}, not numbers.')
+    if pixels.dtype.kind not in 'biuf':
+        raise InputError(f'{where}: its pixels are {pixels.dtype}, not numbers. Export it as 8-bit RGB.')
     low, high, real = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == 'f'
     if pixels.dtype == bool or real and high <= 1.1: top = 1
     else: top = next((2**b - 1 for b in range(8, 17, 2) if 16 <= high <= (2**b - 1)*(1 + .05*real)), 0)
     if high == 0: top = 1
     if not top or not low >= -.05*top*real:
-        raise InputError(f'{where}: its pixels hold values from {low:g} to {high:g}. They are 0 to 1, or whole numbers '
-                         'of 8 to 16 bits. Export it as 8-bit RGB.')
+        raise InputError(f'{where}: its pixels hold values from {low:g} to {high:g}. They are 0 to 1, or '
+                         'whole numbers of 8 to 16 bits. Export it as 8-bit RGB.')
     if not real: return np.rint(np.arange(top + 1)*255/top).astype(np.uint8)[pixels.astype(np.int32)]
     return np.rint(pixels*(255/top)).clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/tissue/images.ipynb #f09f369c
 def as_rgb(
-    image:Image.Image|np.ndarray, # an open image; or pixels, (h, w), (h, w, colours) or (colours, h, w), of any type
+    image:Image.Image|np.ndarray, # open image; or pixels (h, w), (h, w, colours), (colours, h, w) of any type
     where:str|Path='', # what it is, for the message; the image's own file unless given
 )->Image.Image: # in RGB, white where it was transparent; plain RGB as it is, not yet decoded
     "Any decoded image in RGB, 8 bits a colour; `InputError` where that is not clear"
     where = where or getattr(image, 'filename', '') or 'This image'
     if isinstance(image, np.ndarray):
         pixels = _eight_bits(_channels_last(image, where), where)
-        image = Image.fromarray(pixels.repeat(3, -1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
+        if pixels.shape[-1] == 1: pixels = pixels.repeat(3, -1)
+        image = Image.fromarray(np.ascontiguousarray(pixels))
     elif image.mode[0] in 'IF': return as_rgb(np.asarray(image), where)
     if not image.has_transparency_data:
         try: return image if image.mode == 'RGB' else image.convert('RGB')
-        except ValueError as e: raise InputError(f'{where}: no RGB can be made of its colours ({image.mode}). Export it as '
-                                                 '8-bit RGB.') from e
+        except ValueError as e:
+            raise InputError(f'{where}: no RGB can be made of its colours ({image.mode}). '
+                             'Export it as 8-bit RGB.') from e
     image, white = image.convert('RGBA'), Image.new('RGB', image.size, 'white')
     white.paste(image, mask=image)
     return white
@@ -285,7 +297,7 @@ class SlideImage:
     def __exit__(self, *error): self.slide.close()
 
 # %% ../nbs/tissue/images.ipynb #1a16813e
-SLIDES = '.svs', '.ndpi', '.btf', '.qptiff', '.jp2', '.scn', '.mrxs', '.bif'    # beside .tif; what scanners call their files
+SLIDES = '.svs', '.ndpi', '.btf', '.qptiff', '.jp2', '.scn', '.mrxs', '.bif'      # scanners' endings
 
 def _open_slide(path):
     "The file as a `SlideImage`, or None where it is not in a scanner's own format"
@@ -314,8 +326,9 @@ def _decoded(path, series):
         image.getexif()[274] = page.tags.valueof(274, 1)
         return ImageOps.exif_transpose(image)
 
+# %% ../nbs/tissue/images.ipynb #32a64b57
 def _levels(path, tif):
-    "The largest image in a TIFF file, with its pyramid if it is in tiles; None where Pillow should read the first"
+    "The largest image in a TIFF file, with its pyramid; None where Pillow should read the first"
     def area(s): return _sizes(s).get('X', 0)*_sizes(s).get('Y', 0)
     series = max(tif.series, key=area)
     page = series.keyframe

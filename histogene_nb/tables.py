@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'IMAGES', 'PIXELS', 'ARRAY', 'PATIENT', 'load_table', 'existing_folder', 'folder_name', 'one_file',
-           'as_numbers', 'whole_counts', 'array_positions', 'read_report', 'without_glass', 'way_round', 'read_st']
+           'as_numbers', 'whole_counts', 'array_positions', 'read_report', 'without_glass', 'way_round', 'patient_of',
+           'read_st']
 
 # %% ../nbs/tissue/tables.ipynb #37076d92
 import fnmatch, gzip, re
@@ -66,8 +67,9 @@ def one_file(
 )->Path|None: # None if there is none and none is needed
     "The one file in a folder that fits; `InputError` where several do, or a needed one is missing"
     for p in patterns:
-        found = sorted(f for f in folder.iterdir() if fnmatch.fnmatch(f.name.lower(), p) and f.name[0] not in '._'
-                       and (f.is_dir() if suffixes is None else f.is_file() and f != but and _suffix(f) in suffixes))
+        found = sorted(f for f in folder.iterdir()
+                       if fnmatch.fnmatch(f.name.lower(), p) and f.name[0] not in '._' and f != but
+                       and (f.is_dir() if suffixes is None else f.is_file() and _suffix(f) in suffixes))
         if len(found) > 1:
             raise InputError(f'{folder}: {len(found)} files could be the {what}: '
                              f'{", ".join(f.name for f in found)}. Say which, or leave one of them there.')
@@ -128,29 +130,40 @@ def _ids(table, array):
     ids = {str(c): table[c].astype(str) for c in table}
     pairs = [p for p in (array, ('new_x', 'new_y')) if p and set(p) <= set(table)]
     for x,y in [q for p in pairs for q in (p, p[::-1])]:
-        ids[f'{x} x {y}'] = table[x].astype(str).str.removesuffix('.0') + 'x' + table[y].astype(str).str.removesuffix('.0')
+        across, down = (ids[c].str.removesuffix('.0') for c in (x, y))
+        ids[f'{x} x {y}'] = across + 'x' + down
     return {k: i for k,v in ids.items() if not (i := pd.Index(v)).has_duplicates}
+
+def _best(ids, sides):
+    "How many spots match, whether they are the columns of the counts, and by which of the names: the most there are"
+    ways = [(spots.isin(i).sum(), turned, k) for turned,spots in enumerate(sides) for k,i in ids.items()]
+    return max(ways, key=lambda w: w[0], default=(0, 0, None))
 
 def _match(counts, table, array, path):
     "Counts as spots x genes, and for each spot its row of the coordinates, -1 where it has none"
     ids, sides = _ids(table, array), [pd.Index(s.astype(str)) for s in (counts.index, counts.columns)]
-    ways = [(spots.isin(i).sum(), -turned, k) for turned,spots in enumerate(sides) for k,i in ids.items()]
-    if max(ways, default=(0,))[0] < .9*min(len(table), max(map(len, sides))):      # R has changed the names
-        ids, sides = {k: p for k,i in ids.items() if not (p := _plain(i)).has_duplicates}, list(map(_plain, sides))
-        ways = [(spots.isin(i).sum(), -turned, k) for turned,spots in enumerate(sides) for k,i in ids.items()]
-    n, turned, k = max(ways, key=lambda w: w[0], default=(0, 0, None))
-    counts, row = (counts.T, sides[1]) if turned else (counts, sides[0])
-    if n < .9*min(len(table), len(row)):
-        raise InputError(f'{path}: {f"only {n} of its {len(table)}" if n else "none of its"} spots {"are" if n else "is"} in '
-                         f'the counts, whose first row is {sides[0][0]!r} and first column {sides[1][0]!r}. Are both of one '
-                         'section, with one name for a spot, and no name twice? Nine in ten must match.')
-    rows, other = ids[k].get_indexer(row), ' x '.join(k.split(' x ')[::-1])
-    if other in ids and other != k and (ids[other].get_indexer(row) >= 0).sum() == n:
-        if (rows != ids[other].get_indexer(row)).any(): raise InputError(
-            f'{path}: the names of spots in the counts, such as {row[0]}, fit as {k} and as well as {other}. Say which '
-            "columns hold the first and the second number, with columns=dict(array_col=..., array_row=...) and one name "
-            'a spot in a column of the coordinates.')
-    return counts, rows
+    enough = lambda n, turned: n >= .9*min(len(table), len(sides[turned])) and n
+    n, turned, k = _best(ids, sides)
+    if not enough(n, turned):                                                  # R or 10x has changed the names
+        ids = {k: p for k,i in ids.items() if not (p := _plain(i)).has_duplicates}
+        sides = [_plain(s) for s in sides]
+        n, turned, k = _best(ids, sides)
+    if not enough(n, turned):
+        found = f'only {n} of its {len(table)} spots are' if n else 'none of its spots is'
+        raise InputError(f'{path}: {found} in the counts, whose first row is {sides[0][0]!r} and first column '
+                         f'{sides[1][0]!r}. Are both of one section, with one name for a spot, and no name '
+                         'twice? Nine in ten must match.')
+    _check_order(ids, k, sides[turned], path)
+    return counts.T if turned else counts, ids[k].get_indexer(sides[turned])
+
+def _check_order(ids, k, spots, path):
+    "Raise `InputError` where positions as names fit as columns x rows and as well as rows x columns"
+    other = ' x '.join(k.split(' x ')[::-1])
+    if other == k or other not in ids: return
+    one, two = (ids[i].get_indexer(spots) for i in (k, other))
+    if (one >= 0).sum() == (two >= 0).sum() and (one != two).any(): raise InputError(
+        f'{path}: the names of spots in the counts, such as {spots[0]}, fit as {k} and as well as {other}. Say '
+        'which: name the spots in a column of the coordinates, as they are named in the counts.')
 
 def _counts_table(path):
     "A table of counts with names of rows in its index; whatever is not a number is an `InputError`"
@@ -158,17 +171,20 @@ def _counts_table(path):
     if table.shape[1] < 2 or not len(table):
         raise InputError(f'{path}: {len(table)} rows and {table.shape[1]} columns. A table of counts has a '
                          'row a spot, first its name, then its count of each gene; or a row a gene.')
-    table = table.set_index(table.columns[0])
+    names, table = table.iloc[:, 0], table.iloc[:, 1:]          # `set_index` takes seconds where names are numbers
+    table.index = pd.Index(names)
     text = [c for c,t in zip(table.columns, table.dtypes) if not pd.api.types.is_numeric_dtype(t)]
     if text: as_numbers(table, text, path)
     return table.astype(np.float32)
 
+# %% ../nbs/tissue/tables.ipynb #1cfbaff0
 def whole_counts(
     counts, # (spots, genes), dense or sparse
 )->tuple: # the counts, and whether they are whole numbers; what a division left at 2.9999998 is 3 again
     "Whether a matrix can be counts: whole numbers from 0, as exactly as single precision has them"
     values = counts.data if sparse.issparse(counts) else np.asarray(counts)
-    if values.dtype.kind not in 'biuf' or not (np.isfinite(values) & (values >= 0)).all(): return counts, False
+    if values.dtype.kind not in 'biuf': return counts, False
+    if not (np.isfinite(values) & (values >= 0)).all(): return counts, False
     if values.dtype.kind != 'f' or (values == np.rint(values)).all(): return counts, True
     near = np.abs(values - np.rint(values)) <= np.minimum(1e-5*values, .01)
     if not near.all(): return counts, False
@@ -191,10 +207,10 @@ def _neighbours(xy):
 def _upright(xy, k, turn):
     """Of the turns that give the same grid, the one whose rows lie along the image or stand upright in it.
 
-    Where two are about as near to that, the one in whose directions the whole array is the smaller rectangle"""
+    Where two are about as near to that, the one that makes the whole array the smaller rectangle"""
     if k == 4: return (turn + np.pi/4) % (np.pi/2) - np.pi/4     # all four are alike
     turns = (turn + np.pi/3*np.arange(3) + np.pi/4) % np.pi - np.pi/4
-    off = np.abs((turns + np.pi/4) % (np.pi/2) - np.pi/4)        # from the nearest of the image's own directions
+    off = np.abs((turns + np.pi/4) % (np.pi/2) - np.pi/4)        # from the nearest side of the image
     def area(t): return np.prod(np.ptp(xy @ [[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]], axis=0))
     return min(turns[off < off.min() + np.deg2rad(5)], key=area)
 
@@ -253,10 +269,11 @@ def read_report(
     wide = f'a spot is {at.diameter:.4g} pixels wide'
     if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
-    unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue'} & set(h))
+    unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue', 'on_tissue'} & set(h))
     if h.get('mirrored'): wide += '; LOOK at the image: against the array it is mirrored'
     notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
-    return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide, *image_notes(section)])
+    return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide,
+                      *image_notes(section)])
 
 # %% ../nbs/tissue/tables.ipynb #670848ab
 def without_glass(
@@ -272,7 +289,7 @@ def without_glass(
         wide = picture.shape[1]/at.scalefactors.get('tissue_hires_scalef', 1)
     else: return section
     try: mask = tissue_mask(picture)
-    except InputError: return section                          # of one colour: nothing tells glass from tissue
+    except InputError: return section                       # of one colour: nothing tells glass from tissue
     on = in_tissue(section.obsm['spatial'], mask, picture.shape[1]/wide)
     if on.mean() >= .9 or not on.any(): return section
     section = section[on].copy()
@@ -282,16 +299,33 @@ def without_glass(
 # %% ../nbs/tissue/tables.ipynb #773372e7
 def _st_files(folder, counts, coordinates, image):
     "Paths of the three files, found by their names unless given; None for an image that is not there"
-    counts = folder/counts if counts else one_file(folder, 'counts', TABLES, '*count*', '*stdata*', needed=False)
+    find = lambda what, *names, **kw: one_file(folder, what, TABLES, *names, **kw)
+    counts = folder/counts if counts else find('counts', '*count*', '*stdata*', needed=False)
     coordinates = (folder/coordinates if coordinates else
-                   one_file(folder, 'coordinates', TABLES, '*coord*', '*position*', '*spot*', '*selection*',
-                            but=counts, needed=counts is not None))
+                   find('coordinates', '*coord*', '*position*', '*spot*', '*selection*', but=counts,
+                        needed=counts is not None))
     if counts is None:                                              # MOB1.tsv: the one table that is left
-        left = [f for f in folder.iterdir() if _suffix(f) in TABLES and f.name[0] not in '._' and f != coordinates]
-        counts = (left[0] if coordinates and len(left) == 1 else
-                  one_file(folder, 'counts', TABLES, '*count*', '*stdata*'))
-    return counts, coordinates, folder/image if image else one_file(folder, 'image', IMAGES, '*', needed=False)
+        left = [f for f in folder.iterdir() if _suffix(f) in TABLES and f.name[0] not in '._']
+        left = [f for f in left if f != coordinates and coordinates]
+        counts = left[0] if len(left) == 1 else find('counts', '*count*', '*stdata*')
+    image = folder/image if image else one_file(folder, 'image', IMAGES, '*', needed=False)
+    return counts, coordinates, image
 
+# %% ../nbs/tissue/tables.ipynb #e454caae
+def way_round(
+    spatial:np.ndarray, # (n, 2) pixels (x, y)
+    array:np.ndarray, # (n, 2) array positions (col, row)
+)->str: # 'swapped': x goes with rows and y with columns; 'mirrored'; or '', as well where it cannot be seen
+    "Whether pixels and array positions are of one hand, as a photograph of an array is, however turned"
+    a = np.c_[array, np.ones(len(array))].astype(float)
+    if len(a) < 8 or not np.isfinite(a).all() or np.linalg.matrix_rank(a) < 3: return ''
+    fit = np.linalg.lstsq(a, spatial, rcond=None)[0]
+    if (spatial - a @ fit).std() > .1*spatial.std(): return ''
+    (xc, yc), (xr, yr) = fit[:2]                        # pixels in x and y for one column, and for one row
+    if xr > 2*abs(xc) and yc > 2*abs(yr): return 'swapped'
+    return 'mirrored' if xc*yr < xr*yc else ''
+
+# %% ../nbs/tissue/tables.ipynb #af9e74ad
 def _on_array(at, pixels, array, spot_diameter, path):
     "Pixels, array positions and diameter of spots, by the columns that there are"
     spatial, found = at[list(pixels)].to_numpy(float), at[list(array or ())].to_numpy(float)
@@ -311,24 +345,39 @@ def _on_array(at, pixels, array, spot_diameter, path):
                          f'numbers, but one is {found[found % 1 > 0][0]:g}. Leave them out, or say with '
                          'columns= which others are meant.')
     elif way_round(spatial, found) == 'swapped':
-        raise InputError(f'{path}: {pixels[0]} follows {array[1]} and {pixels[1]} follows {array[0]}. One of the pairs '
-                         'is (row, column) and not (column, row). Say which columns are meant, with '
+        raise InputError(f'{path}: {pixels[0]} follows {array[1]} and {pixels[1]} follows {array[0]}. One of '
+                         'the pairs is (row, column), not (column, row). Say which columns are meant, with '
                          f'columns=dict(pixel_x=..., pixel_y=...) or columns=dict(array_col={array[1]!r}, '
                          f'array_row={array[0]!r}).')
     return spatial, found.astype(np.int64), pitch/2 if spot_diameter is None else spot_diameter
 
-def way_round(
-    spatial:np.ndarray, # (n, 2) pixels (x, y)
-    array:np.ndarray, # (n, 2) array positions (col, row)
-)->str: # 'swapped': x goes with rows and y with columns; 'mirrored'; or '', as well where it cannot be seen
-    "Whether pixels and array positions are of one hand, as a photograph of an array is, however it was turned"
-    a = np.c_[array, np.ones(len(array))].astype(float)
-    if len(a) < 8 or not np.isfinite(a).all() or np.linalg.matrix_rank(a) < 3: return ''
-    fit = np.linalg.lstsq(a, spatial, rcond=None)[0]
-    if (spatial - a @ fit).std() > .1*spatial.std(): return ''
-    (xc, yc), (xr, yr) = fit[:2]                            # pixels in x and y for one column, and for one row
-    if xr > 2*abs(xc) and yc > 2*abs(yr): return 'swapped'
-    return 'mirrored' if xc*yr < xr*yc else ''
+# %% ../nbs/tissue/tables.ipynb #cd68e535
+PATIENT = ('patient', 'patient_id', 'donor_id', 'donor')
+
+def patient_of(
+    table:pd.DataFrame, # with a row a spot
+)->str: # '' where no column says one name all along
+    "Whose tissue it is"
+    found = [table[c].dropna().astype(str).unique() for c in PATIENT if c in table]
+    return next((str(f[0]) for f in found if len(f) == 1), '')
+
+def _kept(numbers, row, inside, by, pixels, path):
+    "Which spots with counts have a position and are in tissue; and how many are left out"
+    placed = (row >= 0) & numbers.notna().all(axis=1).to_numpy()[row]
+    if not placed.any():
+        raise InputError(f'{path}: no spot has a position. Fill in {" and ".join(pixels)}.')
+    if not (placed & inside[row]).any():
+        raise InputError(f'{path}: none of the spots with counts is in tissue by {by}. Put it right.')
+    left_out = dict(counts_without_position=int((~placed).sum()))
+    if by: left_out.update(tissue_by=by, not_in_tissue=int((placed & ~inside[row]).sum()))
+    return placed & inside[row], left_out
+
+def _off_image(kept, left_out, spatial, spots, name, image):
+    "Leave out the spots off the image, if they are few"
+    with open_image(image) as im:
+        shown = on_image(name, Path(image).name, im.size, spots[kept], spatial[kept])
+    kept[kept] = shown
+    left_out['off_image'] = int((~shown).sum())
 
 # %% ../nbs/tissue/tables.ipynb #63477f48
 def read_st(
@@ -348,35 +397,18 @@ def read_st(
     table, pixels, array = _coordinates(coordinates, columns)
     X, row = _match(_counts_table(counts), table, array, coordinates)
     numbers = as_numbers(table, list(pixels + (array or ())), coordinates)
-    placed = (row >= 0) & numbers.notna().all(axis=1).to_numpy()[row]
-    if not placed.any():
-        raise InputError(f'{coordinates}: no spot has a position. Fill in {" and ".join(pixels)}.')
-    inside, tissue_by = chosen_spots(table, coordinates)
-    kept, off_image = placed & inside[row], 0
-    if image and kept.any():
-        centres = numbers.iloc[row[kept]][list(pixels)].to_numpy()
-        with open_image(image) as im: shown = on_image(name, Path(image).name, im.size, X.index[kept], centres)
-        kept[kept], off_image = shown, int((~shown).sum())
-    spatial, found, diameter = _on_array(numbers.iloc[row[kept]], pixels, array, spot_diameter,
-                                         coordinates)
-    whole, _ = whole_counts(X.to_numpy()[kept])
-    section = new_section(whole, make_index_unique(X.columns.astype(str)), X.index[kept].astype(str),
-                          spatial, *found.T, name, _patient(table), image, diameter, source='tables')
-    section.uns['histogene'].update(image_scale=1., diameter_guessed=spot_diameter is None,
-                                    genes_renamed=int(X.columns.duplicated().sum()),
-                                    counts_without_position=int((~placed).sum()),
-                                    off_image=off_image, mirrored=way_round(spatial, found) == 'mirrored',
+    inside, by = chosen_spots(table, coordinates)
+    kept, left_out = _kept(numbers, row, inside, by, pixels, coordinates)
+    if image: _off_image(kept, left_out, numbers.iloc[row][list(pixels)].to_numpy(), X.index, name, image)
+    spatial, found, diameter = _on_array(numbers.iloc[row[kept]], pixels, array, spot_diameter, coordinates)
+    genes = X.columns.astype(str)
+    section = new_section(whole_counts(X.to_numpy()[kept])[0], make_index_unique(genes), X.index[kept],
+                          spatial, *found.T, name, patient_of(table), image, diameter, source='tables')
+    section.uns['histogene'].update(left_out, image_scale=1., diameter_guessed=spot_diameter is None,
+                                    genes_renamed=int(genes.duplicated().sum()),
+                                    mirrored=way_round(spatial, found) == 'mirrored',
                                     positions_without_counts=int(len(table) - (row >= 0).sum()),
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
-    if tissue_by: section.uns['histogene'].update(tissue_by=tissue_by, not_in_tissue=int((placed & ~inside[row]).sum()))
-    else: section = without_glass(section)
-    count_on_tissue(section)
+    section = count_on_tissue(section if by else without_glass(section))
     if verbose: print(read_report(section))
     return section
-
-PATIENT = ('patient', 'patient_id', 'donor_id', 'donor')
-
-def _patient(table):
-    "Whose tissue it is, by a column that says one name all along; '' where none does"
-    found = [table[c].dropna().astype(str).unique() for c in PATIENT if c in table]
-    return next((str(f[0]) for f in found if len(f) == 1), '')

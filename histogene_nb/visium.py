@@ -43,6 +43,7 @@ def _three_files(folder):
     if genes.shape[1] > 2: var['feature_types'] = genes[2].to_numpy()
     return AnnData(X, pd.DataFrame(index=spots[0].to_numpy()), var)
 
+# %% ../nbs/tissue/visium.ipynb #d1c084a7
 def _visium_counts(folder):
     "Barcodes x genes of the filtered matrix, with unique names of genes, and how many had to be renamed"
     for kind in 'filtered', 'raw':
@@ -71,17 +72,19 @@ _POSITIONS = ['barcode', 'in_tissue', 'array_row', 'array_col', 'pxl_row_in_full
 def _with_header(table, file):
     "A table of positions whose columns have names: its first line's, or spaceranger's in their order"
     if set(_POSITIONS[1:]) & set(first := list(table.iloc[0])):
-        table = table.iloc[1:].set_axis(['barcode' if i == 0 and pd.isna(c) else c for i,c in enumerate(first)], axis=1)
+        names = ['barcode' if i == 0 and pd.isna(c) else c for i,c in enumerate(first)]
+        table = table.iloc[1:].set_axis(names, axis=1)
     elif table.shape[1] == len(_POSITIONS): table = table.set_axis(_POSITIONS, axis=1)
-    else: raise InputError(f'{file}: it has no header, and {table.shape[1]} columns instead of {len(_POSITIONS)}. '
-                           'Give the file as spaceranger wrote it.')
+    else: raise InputError(f'{file}: it has no header, and {table.shape[1]} columns instead of '
+                           f'{len(_POSITIONS)}. Give the file as spaceranger wrote it.')
     return table.reset_index(drop=True)
 
+# %% ../nbs/tissue/visium.ipynb #2425d17a
 def _visium_positions(folder):
     "Barcode -> in_tissue, array_row, array_col and pixel row and column, of all positions that have them"
     file = one_file(folder, 'positions', TABLES, 'tissue_positions.*', '*tissue_positions*')
     table = load_table(file, header=None, dtype=str)
-    if 'in_tissue' not in table: table = _with_header(table, file)                # a .parquet file has names
+    if 'in_tissue' not in table: table = _with_header(table, file)          # a .parquet file has names
     missing = [c for c in _POSITIONS if c not in table]
     if missing:
         raise InputError(f'{file}: there is no column {missing[0]} among '
@@ -92,13 +95,13 @@ def _visium_positions(folder):
         raise InputError(f'{file}: spot {table.barcode[again.argmax()]} occurs twice. Keep one of the two.')
     words = {'true': 1, 'false': 0}
     told = table.in_tissue.map(lambda v: words.get(str(v).strip().lower(), v))
-    numbers = as_numbers(table.assign(in_tissue=told), _POSITIONS[1:], file).set_index(table.barcode.astype(str))
-    numbers = numbers.dropna()
+    numbers = as_numbers(table.assign(in_tissue=told), _POSITIONS[1:], file)
+    numbers = numbers.set_index(table.barcode.astype(str)).dropna()
     odd = (numbers[['array_row', 'array_col']] % 1).any(axis=1)
     if odd.any() or not len(numbers):
-        raise InputError(f'{file}: ' + (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; '
-                         f'{int(odd.sum())} such in all' if len(numbers) else 'no spot has a position')
-                         + '. Give the file as spaceranger wrote it.')
+        what = (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; {int(odd.sum())} such '
+                'in all' if len(numbers) else 'no spot has a position')
+        raise InputError(f'{file}: {what}. Give the file as spaceranger wrote it.')
     return numbers.astype(dict(array_row=int, array_col=int))
 
 # %% ../nbs/tissue/visium.ipynb #43e9f40f
@@ -109,7 +112,7 @@ def _scalefactors(folder):
         data = file.read_bytes()
         held = json.loads(gzip.decompress(data) if file.suffix == '.gz' else data)
         if not isinstance(held, dict): raise ValueError('it holds no names')
-        found = {k: pd.to_numeric(np.ravel(v), errors='coerce') for k,v in held.items()}     # R writes lists of one
+        found = {k: pd.to_numeric(np.ravel(v), errors='coerce') for k,v in held.items()}
     factors = {k: float(v[0]) for k,v in found.items() if len(v) == 1 and 0 < v[0] < np.inf}
     _factor(file, factors, 'spot_diameter_fullres', held)
     return file, factors
@@ -127,7 +130,8 @@ def _pictures(spatial, file, factors):
     return [(p, _factor(file, factors, f'tissue_{k}_scalef')) for k,p in found.items() if p]
 
 # %% ../nbs/tissue/visium.ipynb #c9292c2a
-_OWN = re.compile('tissue_(hires|lowres)_image|aligned_(fiducials|tissue_image)|detected_tissue_image|cytassist_image')
+_OWN = re.compile('tissue_(hires|lowres)_image|aligned_(fiducials|tissue_image)'
+                  '|(detected_tissue|cytassist)_image')
 
 def _beside(folder):
     "The one image beside a section's counts that is not spaceranger's own, or None"
@@ -142,8 +146,9 @@ def _beside(folder):
                              'or leave one of them there.')
         if found: return found[0]
 
+# %% ../nbs/tissue/visium.ipynb #76f648ee
 def _visium_image(folder, image, small):
-    "The image to cut patches from, or None; its pixels for one of full resolution; and doubts, None without a picture"
+    "The image to use, or None; its pixels for one of full resolution; doubts, None without a picture"
     given, image = image, image or _beside(folder)
     if image is None: return (*small[0], '') if small else (None, 1., None)
     if not small: return image, 1., None
@@ -152,8 +157,8 @@ def _visium_image(folder, image, small):
     try: return (image, *image_scale(image, pixels, scale))
     except InputError as e:
         if given: raise
-        raise InputError(f'{e} This one was taken because it lies beside the counts: move it away, or say which with '
-                         f'image={str(picture)!r}.') from e
+        raise InputError(f'{e} This one was taken because it lies beside the counts: move it away, or say '
+                         f'which with image={str(picture)!r}.') from e
 
 # %% ../nbs/tissue/visium.ipynb #057885d5
 def _bins(folder):
@@ -162,7 +167,7 @@ def _bins(folder):
                                      *folder.glob('square_*/spatial')])
 
 def _spatial(folder):
-    "Where positions and pictures are: `spatial`, or the folder itself, as GEO has them; None where they are not"
+    "Where positions and pictures are: `spatial`, or the folder itself, as GEO has them; else None"
     flat = any(folder.glob('*scalefactors_json.json*')) and any(folder.glob('*tissue_positions*'))
     return folder/'spatial' if (folder/'spatial').is_dir() else folder if flat else None
 
@@ -177,6 +182,7 @@ def _cells(folder):
     return next((f for f in (folder, folder/'segmented_outputs') if f.name == 'segmented_outputs'
                  and f.is_dir() or any(f.glob('*filtered_feature_cell_matrix*'))), None)
 
+# %% ../nbs/tissue/visium.ipynb #4836ef41
 def _one_bin(folder):
     "The folder itself, or that of the one bin size in it"
     bins = _bins(folder)
@@ -186,8 +192,8 @@ def _one_bin(folder):
     if bins: return bins[0]
     if cells := _cells(folder):
         beside = ', '.join(map(str, _bins(cells.parent))) or 'binned_outputs/square_016um, beside it'
-        raise InputError(f'{cells}: these are counts of segmented cells, which lie on no array. Give the folder of '
-                         f'one bin size: {beside}.')
+        raise InputError(f'{cells}: these are counts of segmented cells, which lie on no array. Give the '
+                         f'folder of one bin size: {beside}.')
     return folder
 
 # %% ../nbs/tissue/visium.ipynb #5d3a561e
@@ -200,6 +206,7 @@ def _in_tissue(counts, places, folder):
                      f'{counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as '
                      f'{places.index[0]}. Are they of the same section?')
 
+# %% ../nbs/tissue/visium.ipynb #ad70887b
 def read_visium(
     folder:str|Path, # spaceranger's `outs`, or one like it: `outs/binned_outputs/square_016um` of Visium HD
     name:str|None=None, # of the section; the folder's name unless given

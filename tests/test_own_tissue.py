@@ -129,7 +129,7 @@ def section_on(path, spots, factor=1., wide=WIDE):
 def test_spots_are_witnesses_where_there_is_no_picture(tmp_path, full, spots):
     n = int(spots.in_tissue.sum())
     Image.fromarray(full).save(tmp_path/'he.png')
-    assert image_notes(count_on_tissue(section_on(tmp_path/'he.png', spots))) == [f'{n} of {n} spots on tissue']
+    assert image_notes(count_on_tissue(section_on(tmp_path/'he.png', spots))) == [f'{n} of {n} spots on tissue in the image']
     far = tissue(0, .2)                                                       # turned, hardly any of its tissue would lie where it is now
     few = spots[spots.pxl_col_in_fullres < 160]
     for name,pixels in dict(good=far, turned=far[::-1, ::-1]).items(): Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path/f'{name}.png')

@@ -142,7 +142,7 @@ def test_plain_tables(data, section, kind, turned, own_ids, in_r, seed):
     counts = pd.DataFrame(dense(section.X).astype(int), ids, section.var_names)
     (px, py), extra = section.obsm['spatial'].T, data.draw(st.sampled_from(['note', 'in_tissue', 'z']))
     names = data.draw(st.sampled_from([('pixel_x', 'pixel_y'), ('pxl_col_in_fullres', 'pxl_row_in_fullres'), ('imagecol', 'imagerow')]))
-    places = pd.DataFrame({extra: 'none', names[0]: px, names[1]: py, 'array_row': section.obs.array_row.to_numpy(), 'array_col': section.obs.array_col.to_numpy()}, pd.Index(ids, name='spot'))
+    places = pd.DataFrame({extra: 'TRUE' if extra == 'in_tissue' else 'none', names[0]: px, names[1]: py, 'array_row': section.obs.array_row.to_numpy(), 'array_col': section.obs.array_col.to_numpy()}, pd.Index(ids, name='spot'))
     if turned: counts = counts.T
     assume(not (in_r and counts.shape[1] == 1))                                    # a header of one name shows no separator
     suffix, sep = ('.csv', ';') if kind == ';' else (kind, ',' if kind == '.csv' else '\t')
