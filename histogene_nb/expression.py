@@ -42,7 +42,8 @@ def normalize(
 def _listed(names):
     "A list; of one where a text or a section stands in its place"
     if isinstance(names, (str, AnnData)): return [names]
-    if isinstance(names, Path): raise InputError(f'{names}: this is a path, not a list. Read it first (read_panel, read_section).')
+    if isinstance(names, Path): raise InputError(
+        f'{names}: this is a path, not a list. Read it first (read_panel, read_section).')
     return list(names)
 
 def _check_panel(section, panel, method):
@@ -54,10 +55,11 @@ def _check_panel(section, panel, method):
     if not len(panel): raise InputError(f'{name}: the panel has no gene.')
     if len(twice): raise InputError(f'{name}: gene {twice[0]} is in the panel twice. Keep it once.')
     if len(missing) == len(panel): raise InputError(
-        f'{name}: none of the panel\'s {len(panel)} genes is in this section. Do both use gene symbols?{_why(section, missing)}')
+        f'{name}: none of the panel\'s {len(panel)} genes is in this section. Do both use gene symbols?'
+        + _why(section, missing))
     if len(missing): raise InputError(
-        f'{name}: gene {missing[0]} of the panel is not in this section ({len(missing)} such in all).{_why(section, missing)} '
-        'Use a panel of genes common to all sections (common_genes, select_panel).')
+        f'{name}: gene {missing[0]} of the panel is not in this section ({len(missing)} such in all).'
+        f'{_why(section, missing)} Use a panel of genes common to all sections (common_genes, select_panel).')
 
 # %% ../nbs/idea/expression.ipynb #176d0ec5
 def _ensembl(names): return pd.Index(names).astype(str).str.match(r'ENS[A-Z]*G\d{6}').mean() > .5
@@ -68,7 +70,8 @@ def _why(section, missing):
     if _ensembl(missing) != _ensembl(genes):
         kinds = 'Ensembl ids', 'symbols'
         theirs, ours = kinds if _ensembl(missing) else kinds[::-1]
-        column = next((c for c in ('feature_name', 'gene_ids', 'gene_name', 'gene_symbols') if c in has), None)
+        columns = 'feature_name', 'gene_ids', 'gene_name', 'gene_symbols'
+        column = next((c for c in columns if c in has), None)
         more = f", and section.var[{column!r}] has others" if column else ''
         return f' The panel has {theirs}, the section {ours}, such as {genes[0]}{more}.'
     small, known = pd.Series(genes, genes.str.lower()), set(genes)
@@ -136,19 +139,33 @@ def select_panel(
         f'spots (the sections have {sum(len(s) for s in sections)} spots). Lower min_spots.')
     return panel
 
-# %% ../nbs/idea/expression.ipynb #1d38eb4c
+# %% ../nbs/idea/expression.ipynb #951437a5
 def _cells(text):
-    "The cells of each line, whatever parts them; R gives a line a number or name that the header has no cell for"
+    "The cells of each line, whatever parts them; of R, which names lines but not that column, with an empty name"
     lines = [l for l in text.splitlines() if l.strip()]
-    sep = next((s for s in '\t;,' if s in lines[0]), '') if lines else ''
-    if not sep and any('\t' in l or ';' in l or ',' in l for l in lines): sep = max('\t;,', key=text.count)
-    if not sep and len(lines) > 1 and all(re.fullmatch(r'"?\d+"?( \S+)+', l) for l in lines[1:]): sep = ' '      # write.table
-    rows = [[c.strip().strip('"') for c in r] for r in csv.reader(lines, delimiter=sep or ',', skipinitialspace=True)]
+    sep = next((s for s in '\t;,' if any(s in l for l in lines[:2])), None)
+    numbered = len(lines) > 1 and all(re.fullmatch(r'"?\d+"?( \S+)+', l) for l in lines[1:])    # write.table's
+    rows = csv.reader(lines, delimiter=sep or (' ' if numbered else ','), skipinitialspace=True)
+    rows = [[c.strip().strip('"') for c in r] for r in rows]
     short = len(rows) > 1 and all(len(r) == len(rows[0]) + 1 for r in rows[1:])
     return [['', *rows[0]], *rows[1:]] if short else rows
 
+_NAMES = ['gene', 'genes', 'gene_symbol', 'symbol', 'gene_name', 'feature_name']
+
+def _genes(lines):
+    "The column of genes in these lines"
+    header = [c.lower() for c in lines[0]]
+    if known := [c for c in _NAMES if c in header]: column, headed = header.index(known[0]), True
+    elif len(lines) == 1: return [c for c in lines[0] if c]                                  # all in one line
+    else:
+        numbered = len(lines[1]) > 1 and all(l[0].isdigit() for l in lines[1:])              # R's row names
+        column = int(numbered or not header[0])
+        headed = not header[0] or numbered and not header[0].isdigit()
+    return [l[column] for l in lines[headed:] if len(l) > column and l[column]]
+
+# %% ../nbs/idea/expression.ipynb #1d38eb4c
 def read_panel(
-    path:str|Path, # a table with a column `gene` (or genes, symbol, feature_name), or a text file with one symbol per line
+    path:str|Path, # a table with a column `gene` or the like, or a text file with one symbol per line
 )->list: # gene symbols in the file's order
     "A gene panel from a file"
     path = Path(path)
@@ -157,15 +174,9 @@ def read_panel(
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise InputError(
         f'{path}: this is not a text file ({e.reason}). Give a CSV with a column named gene.') from e
-    try: lines = _cells(text)
-    except csv.Error as e: raise InputError(f'{path}: this is not a table ({e}). Give one symbol a line.') from e
-    header = [c.lower() for c in lines[0]] if lines else []
-    known = [c for c in ('gene', 'genes', 'gene_symbol', 'symbol', 'gene_name', 'feature_name') if c in header]
-    numbered = len(lines) > 1 and len(lines[1]) > 1 and all(l[0].isdigit() for l in lines[1:])    # R's row names
-    column = header.index(known[0]) if known else int(numbered or header[:1] == [''])
-    headed = bool(known) or header[:1] == [''] or numbered and not header[0].isdigit()
-    panel = [l[column] for l in lines[headed:] if len(l) > column and l[column]]
-    if len(lines) == 1 and not headed: panel = [c for c in lines[0] if c]               # all in one line
+    try: panel = _genes(_cells(text) or [['']])
+    except csv.Error as e: raise InputError(
+        f'{path}: this is not a table ({e}). Give one symbol a line.') from e
     twice = pd.Index(panel)[pd.Index(panel).duplicated()]
     if not panel: raise InputError(f'{path}: there is no gene in this file. Give one symbol a line.')
     if len(twice): raise InputError(f'{path}: gene {twice[0]} is listed twice. Keep it once.')

@@ -202,14 +202,14 @@ def join_report(
     notes = [f'{h[k]} {text}' for k,text in _left_out.items() if h.get(k)]
     by, known = h.get('tissue_by', 'in_tissue' if 'not_in_tissue' in h else None), section.n_obs
     spots = known + h.get('not_in_tissue', 0) + h.get('on_glass', 0)
-    tissue = [f"{h.get('on_tissue', known)} of {spots} on tissue by {by}"]*bool(by)
+    tissue = [f'{known} of {spots} on tissue by {by}']*bool(by)
     return '; '.join([f'{section_name(section)}: {known} spots, {section.n_vars} genes', *tissue, *notes])
 
 # %% ../nbs/tissue/her2st.ipynb #ec321919
 def chosen_spots(
     table:pd.DataFrame, # with a row a spot
     where:str|Path, # where it comes from, for the message
-)->tuple: # (n,) bool, and the column that says so: in_tissue or selected; all, and None, where neither is there
+)->tuple: # (n,) bool, and the column that says so, in_tissue or selected; all, and None, where none does
     "Which spots the section's makers count as tissue"
     column = next((c for c in ('in_tissue', 'selected') if c in table), None)
     if column is None: return np.ones(len(table), bool), None
@@ -217,8 +217,8 @@ def chosen_spots(
     inside = words.isin(['1', '1.0', 'true']).to_numpy()
     odd = ~inside & ~words.isin(['0', '0.0', 'false', 'nan', 'none', '<na>', '']).to_numpy()
     if odd.any():
-        raise InputError(f'{where}: {column} of a spot is {table[column].iloc[odd.argmax()]!r}, neither 0 nor 1; '
-                         f'{odd.sum()} such in all. Put it right, or take the column out to keep all spots.')
+        raise InputError(f'{where}: {column} of a spot is {table[column].iloc[odd.argmax()]!r}, neither 0 nor '
+                         f'1; {odd.sum()} such in all. Put it right, or take the column out to keep all spots.')
     if len(table) and not inside.any():
         raise InputError(f'{where}: by {column} none of its {len(table)} spots is in tissue. '
                          'Put it right, or take the column out to keep all spots.')
@@ -259,19 +259,20 @@ def _picture(root, name, image, joined, spot_file):
     image = Path(image)
     spots = find_file(image.parent, name, 'spot file', f'{name}_selection_on*.tsv', needed=False)
     if spots:                                               # measured on this very picture
-        array, on_picture = (_read_table(spots, ['x', 'y', 'pixel_x', 'pixel_y'])[list(c)].to_numpy(float)
-                             for c in (('x', 'y'), ('pixel_x', 'pixel_y')))
-        row = pd.MultiIndex.from_arrays(array.T).get_indexer(
-            pd.MultiIndex.from_arrays([joined['array_col'], joined['array_row']]))
-        spatial = np.where(row[:, None] >= 0, on_picture[row], np.nan)
+        spatial = _spots_on(spots, joined)
         return image, spatial, _step(spatial, joined)/_step(joined['spatial'], joined)
-    sizes = next((f for f in (image.parent/'fullres_dims.tsv', root/'reduced'/'fullres_dims.tsv') if f.is_file()), None)
-    scale = 1.
-    if sizes:
+    files, scale = [f/'fullres_dims.tsv' for f in (image.parent, root/'reduced')], 1.
+    if sizes := next((f for f in files if f.is_file()), None):
         with open_image(image) as im: wide = im.size[0]
-        known = _read_table(sizes, ['section', 'width']).set_index('section').width
-        scale = wide/known.get(name, wide)
+        scale = wide/_read_table(sizes, ['section', 'width']).set_index('section').width.get(name, wide)
     return image, joined['spatial']*scale, scale
+
+def _spots_on(file, joined):
+    "Pixels of the spots by another spot file; NaN where it has none"
+    table = _read_table(file, ['x', 'y', 'pixel_x', 'pixel_y'])
+    index, _ = _grid(table.x, table.y, file)
+    row = index.get_indexer(pd.MultiIndex.from_arrays([joined['array_col'], joined['array_row']]))
+    return np.where(row[:, None] >= 0, table[['pixel_x', 'pixel_y']].to_numpy(float)[row], np.nan)
 
 def _step(spatial, joined):
     "Pixels from a spot to the next, by the whole array"
@@ -294,7 +295,7 @@ def read_her2st(
 
     In sections that are not of it, a spot is half as wide as the distance to the next"""
     root, name = Path(root), _her2st_name(name)
-    published = name in her2st_catalogue().index
+    published = name in published_sections()
     find = partial(find_file, root, name)
     spot_file = find('spot file', f'ST-spotfiles/{name}_selection.tsv')
     joined, spots, left_out = join_counts(find('counts', f'ST-cnts/{name}.tsv.gz', f'ST-cnts/{name}.tsv'),
@@ -306,9 +307,10 @@ def read_her2st(
         step = _step(joined['spatial'], joined)/scale
         spot_diameter = 112. if published or not step > 0 else step/2
     labels, no_spot, no_position = _read_labels(label_file, spots) if label_file else (None, 0, 0)
-    patient = name[0] if re.fullmatch(r'[A-Za-z]\d+', name) else ''          # unknown, unless the name says so
-    section = new_section(**joined, name=name, patient=patient, image_path=image, spot_diameter=spot_diameter*scale,
-                          source=_SOURCE if published else 'tables in the layout of the HER2+ data', annotation=labels)
+    patient = name[0] if re.fullmatch(r'[A-Za-z]\d+', name) else ''      # unknown, unless the name says so
+    section = new_section(**joined, name=name, patient=patient, image_path=image,
+                          spot_diameter=spot_diameter*scale, annotation=labels,
+                          source=_SOURCE if published else 'tables in the layout of the HER2+ data')
     h, empty = section.uns['histogene'], int((section.X.sum(1) == 0).sum())
     h.update(**left_out, labels_without_spot=no_spot, labels_without_position=no_position, empty_spots=empty)
     if scale != 1: h['image_scale'] = float(scale)

@@ -27,11 +27,12 @@ def read_section(
     patient:str|None=None, # whose tissue it is; what the files say unless given
 )->AnnData: # the section, checked
     "Read a section: one's own by its path, or one of the published ones by its name, whatever it comes in"
-    if isinstance(source, AnnData): raise InputError('This is a section already, in memory. Give a name or a path.')
+    if isinstance(source, AnnData): raise InputError('This is a section already. Give a name or a path.')
     section = _read(source, image, root, verbose)
     if patient is not None: section.uns['histogene']['patient'] = str(patient)
     return section
 
+# %% ../nbs/tissue/readers.ipynb #81fc438b
 def _read(source, image, root, verbose):
     path, more = look_for(source, root), dict(image=image, verbose=verbose)
     if path is None and str(source) in cscc_catalogue().index:

@@ -177,7 +177,7 @@ def section_name(
     section:AnnData, # one section
 )->str: # its name, e.g. 'B4'
     "The name of a section: the one key of `uns['spatial']`"
-    names = [k for k in section.uns.get('spatial', {}) if k != 'is_single']     # a mark that CELLxGENE requires
+    names = [k for k in section.uns.get('spatial', {}) if k != 'is_single']   # a mark that CELLxGENE requires
     if len(names) != 1:
         raise InputError(f"A section has exactly one name in uns['spatial'], this AnnData has "
                          f'{len(names)}: {names}. '
@@ -265,10 +265,10 @@ def leave_one_out(
 )->list: # of (held_out, train, test): a name, and two lists of names of sections
     "Every way to train on all but one section (paper: Overview of evaluations) or all but one patient (ours)"
     if by not in ('section', 'patient'): raise InputError(f"by is {by!r}; it is 'section' or 'patient'.")
-    unknown = [] if by == 'section' else [s for s,p in catalogue.patient.items() if not isinstance(p, str) or not p]
-    if unknown:
-        raise InputError(f'Whose tissue {", ".join(map(str, unknown[:3]))} is, is not known ({len(unknown)} of {len(catalogue)} '
-                         "sections). To leave out patients, give it: patient= of read_section, a column patient in obs or in "
-                         "the table of coordinates; or leave out sections.")
+    unknown = [s for s,p in catalogue.patient.items() if not isinstance(p, str) or not p]
+    if by == 'patient' and unknown:
+        raise InputError(f'Whose tissue {", ".join(map(str, unknown[:3]))} is, is not known ({len(unknown)} of '
+                         f'{len(catalogue)} sections). To leave out patients, say it: patient= of read_section, '
+                         'or a column patient in obs or in the table of coordinates. Or leave out sections.')
     group = catalogue.patient if by == 'patient' else catalogue.index.to_series()
     return [(g, list(catalogue.index[group != g]), list(catalogue.index[group == g])) for g in group.unique()]
