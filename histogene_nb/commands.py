@@ -142,6 +142,7 @@ def histogene_train(
         'to learn what the array yields where', opt=True, nargs='+')=None,
     setting:_words('More settings of the model, such as backbone=efficientnet_lite0 patch_size=112', opt=True, nargs='+')=None, # name=value
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
+    trust_folds:int=0, # Learn which genes to believe by this many more trainings, each without some sections (0: none)
 ):
     "Train a model on sections and save it"
     start, out = time.perf_counter(), Path(out)
@@ -172,7 +173,7 @@ def histogene_train(
     data = [read_section(s, root=root) for s in sections]
     from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
-    from histogene_nb.interface import model_class, save_pretrained
+    from histogene_nb.interface import learned, model_class, save_pretrained, trust_summary
     from histogene_nb.devices import default_device, device_name, precision_on
     from histogene_nb.devices import processes
     rank, world = processes(device)  # before the first use of a card
@@ -184,14 +185,16 @@ def histogene_train(
           f'on {chosen} ({device_name(chosen)}){layers}')
     if array_from: given['array_from'] = [read_section(s, root=root) for s in array_from]
     net, losses = kind.train_on(data, genes, normalization, seed, device, out/'training.safetensors', cache,
-                                **given)
+                                trust_folds, **given)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
     net.about['provenance'] = provenance(command, start, device, processes=world)
     if rank > 0: return
     save_pretrained(net, out)
-    (out/'training.safetensors').unlink(missing_ok=True)
-    learned = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
-    print(f'{learned} in {time.perf_counter() - start:.0f} s; model in {out}')
+    for f in (out/'training.safetensors', *out.glob('without_*.training.safetensors')): f.unlink(missing_ok=True)
+    if net.about['training']['error'] < net.about['training']['mean_error']: print(learned(net))  # else train_on has
+    if trust_folds: print(trust_summary(net))
+    change = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
+    print(f'{change} in {time.perf_counter() - start:.0f} s; model in {out}')
 
 # %% ../nbs/runs/commands.ipynb #75a54c35
 @call_parse
@@ -230,7 +233,7 @@ def histogene_predict(
     from histogene_nb import evaluation as ev
     from histogene_nb.folds import provenance, write_h5ad
     from histogene_nb.expression import normalize
-    from histogene_nb.interface import from_pretrained, predict
+    from histogene_nb.interface import from_pretrained, predict, trust_summary
     from histogene_nb.position import another_array, array_steps, fit_grid
     from histogene_nb.superres import predict_image, predict_superres, recover_spots
     net = from_pretrained(model, kind)
@@ -271,6 +274,7 @@ def histogene_predict(
         write_h5ad(predicted, out)
     print(f'{predicted.n_obs} x {predicted.n_vars} '
           f'({"spots" if image is None and superres == 1 else "patches"} x genes) in {out}')
+    print(trust_summary(net))
     for method,r in results.items():
         print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, "
               f"median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
@@ -307,7 +311,7 @@ def histogene_plot(
         if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
     if section is not None: _look_for(section, root)
     found = [_read_prediction(p) for p in predictions]
-    import matplotlib.pyplot as plt, pandas as pd
+    import matplotlib.pyplot as plt
     from histogene_nb.readers import read_section
     from histogene_nb.sections import section_name
     first, maps = found[0], {}
@@ -317,8 +321,9 @@ def histogene_plot(
         'Give those of one section.')
     shown = list(first.var_names)
     measured = None if section is None else read_section(section, root=root)
-    from histogene_nb import evaluation as ev, plots
+    from histogene_nb import plots
     from histogene_nb.expression import normalize
+    observed = None
     if measured is not None:
         shown = [g for g in shown if g in measured.var_names]
         if not shown:
@@ -329,23 +334,8 @@ def histogene_plot(
             if g not in f.var_names: raise InputError(
                 f'{p}: gene {g} is not among the {f.n_vars} predicted, such as {", ".join(f.var_names[:3])}.')
         if g not in shown: raise InputError(f'{section}: gene {g} was not measured in this section.')
-    if not genes:
-        at_spots = (None if section is None
-                    else next((f for f in found if set(f.obs_names) == set(observed.obs_names)), None))
-        worth = (pd.Series(first.X.std(0), first.var_names)[shown] if at_spots is None
-                 else ev.gene_correlations(observed, at_spots[:, shown].copy()).r)
-        genes = list(worth.sort_values(ascending=False).index[:4])
-    if section is not None: maps = {'measured': observed, **maps}
-    info = first.uns['spatial'][section_name(first)]
-    fig, axes = plt.subplots(len(genes), 1 + len(maps), figsize=(3*(1 + len(maps)), 2.7*len(genes)),
-                             layout='constrained', squeeze=False)
-    scale, picture = info['scalefactors']['tissue_hires_scalef'], info['images']['hires']
-    for row,gene in zip(axes, genes):
-        for ax,a in zip(row[1:], maps.values()): plots.plot_gene(a, gene, ax=ax, title='')
-        row[0].imshow(picture, extent=(0, picture.shape[1]/scale, picture.shape[0]/scale, 0))
-        row[0].set(xticks=[], yticks=[], xlim=row[-1].get_xlim(), ylim=row[-1].get_ylim())
-        row[0].set_ylabel(gene, style='italic', fontsize=12)
-    for ax,title in zip(axes[0], ['image', *maps]): ax.set_title(title)
+    genes = genes or plots.genes_to_show(found, observed)
+    fig = plots.plot_predictions(maps, genes, observed)
     with whole_file(out) as part: fig.savefig(part, format=kind, dpi=110)
     plt.close(fig)
     print(f'{", ".join(genes)} in {out}')
