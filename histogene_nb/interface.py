@@ -248,13 +248,13 @@ def learned(
     "What a training came to, beside a prediction that is the same everywhere; and what to do where that is better"
     how, n = model.known('training'), len(model.known('sections'))
     error, mean = how['error'], how['mean_error']
-    text = (f"{model.name}: mean squared error {error:.3g} on its training sections, where each gene's mean "
-            f'has {mean:.3g}')
+    text = (f"{model.name}: mean squared error {error:.3g} on its {n} training section{'s'*(n > 1)}, where each "
+            f"gene's mean has {mean:.3g}")
     if error < mean: return text
     steps = how['epochs']*n/how.get('batch', 1) if 'epochs' in how and not model.alone else np.inf
     more = (f'It took {steps:.0f} steps, the paper 3,100: give epochs={-(-3100*how.get("batch", 1)//n):.0f} '
             '(--epochs)' if steps < 3100 else 'Train longer')
-    return f'{text}: it has learned less than the mean. {more}, or a larger learning rate (lr, --lr).'
+    return f'{text}: worse than that mean alone. {more}, or a larger learning rate (lr, --lr).'
 
 # %% ../nbs/models/interface.ipynb #7d3e5a02
 def _check_folds(folds, sections):

@@ -69,7 +69,7 @@ def test_help():
     options = dict(histogene_demo='--out --epochs --seed --device', histogene_download='sections --root --no-images',
                    histogene_plot='predictions --genes --section --out --root',
                    histogene_predict='model section --image --spot --superres --out --root --device --cache --tile --precision',
-                   histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --precision --batch --array --cache')
+                   histogene_train='sections --out --root --panel --n --min --normalization --epochs --lr --seed --dim --depth --heads --dropout --pixels --augment --device --every --precision --batch --array --cache --trust')
     *helped, unknown, nothing = run_all(*([n, '--help'] for n in NAMES), ['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train'])
     for p in (unknown, nothing): assert p.returncode == 2 and p.err.startswith('usage:') and 'Traceback' not in p.err
     for name,process in zip(NAMES, helped):
