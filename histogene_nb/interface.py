@@ -219,6 +219,7 @@ def _examples(model, sections, device, cache):
     targets = lambda s: normalize(s, model.about['genes'], model.about['normalization']).X
     return [(*_seen(model, s, cache), torch.from_numpy(targets(s))) for s in sections]
 
+# %% ../nbs/models/interface.ipynb #386de1c0
 def _geometry(sections):
     "What predictions need of the training sections' geometry; no grid where spots lie on one line"
     at = np.concatenate([s.obs[['array_col', 'array_row']].to_numpy() for s in sections])
@@ -231,7 +232,7 @@ def _geometry(sections):
 # %% ../nbs/models/interface.ipynb #7d3e5a01
 @torch.no_grad()
 def _compare(model, sections, examples, device):
-    "Note the error on the training sections, and that of each gene's mean; say so where nothing was learned"
+    "Note the error on the training sections and that of each gene's mean; say so where it is worse"
     error, n, total, squares = 0., 0, 0., 0.
     for s,(*seen,Y) in zip(sections, examples):
         for some,_ in parts(model, s.obsm['spatial'], None):
@@ -242,14 +243,15 @@ def _compare(model, sections, examples, device):
     model.about['training'].update({k: float(f'{v:.4g}') for k,v in each.items()})
     if each['error'] >= each['mean_error']: print(learned(model))
 
+# %% ../nbs/models/interface.ipynb #7d3e5a11
 def learned(
     model:SpotModel, # trained by `train_on`
 )->str: # one line
-    "What a training came to, beside a prediction that is the same everywhere; and what to do where that is better"
+    "What a training came to, beside each gene's mean, and what to do where that is better"
     how, n = model.known('training'), len(model.known('sections'))
     error, mean = how['error'], how['mean_error']
-    text = (f"{model.name}: mean squared error {error:.3g} on its {n} training section{'s'*(n > 1)}, where each "
-            f"gene's mean has {mean:.3g}")
+    text = (f"{model.name}: mean squared error {error:.3g} on its {n} training section{'s'*(n > 1)}, "
+            f"where each gene's mean has {mean:.3g}")
     if error < mean: return text
     steps = how['epochs']*n/how.get('batch', 1) if 'epochs' in how and not model.alone else np.inf
     more = (f'It took {steps:.0f} steps, the paper 3,100: give epochs={-(-3100*how.get("batch", 1)//n):.0f} '
@@ -263,6 +265,7 @@ def _check_folds(folds, sections):
         f'Which genes to believe is learned by leaving out part of the training sections: trust_folds '
         f'(--trust-folds) is 0, or from 2 to the number of sections, here {len(sections)}, not {folds}.')
 
+# %% ../nbs/models/interface.ipynb #7d3e5a12
 def gene_trust(
     kind:type, # a `SpotModel`
     sections:list, # AnnData each, to train on; two or more
@@ -274,13 +277,14 @@ def gene_trust(
     checkpoint:str|Path|None=None, # see `fit`; each fold has a file of its own beside it
     cache:str|Path|None=None, # folder that keeps patches
     **settings, # as for `train_on`
-)->pd.DataFrame: # by gene: mean r over left-out sections, its spread (standard deviation), share of the ceiling
+)->pd.DataFrame: # by gene: mean r over left-out sections, its spread (sd), its share of the ceiling
     "How well each gene is predicted on training sections that are left out (inner folds)"
     _check_folds(folds, sections)
     r, best, settings = [], [], {**kind.suited(sections), **settings}
     for i in range(folds):
         rest = [s for j,s in enumerate(sections) if j % folds != i]
-        file = checkpoint and Path(checkpoint).with_name(f'without_{i+1}_of_{folds}.{Path(checkpoint).name}')
+        name = checkpoint and f'without_{i+1}_of_{folds}.{Path(checkpoint).name}'
+        file = checkpoint and Path(checkpoint).with_name(name)
         model, _ = kind.train_on(rest, panel, normalization, seed, device, file, cache, **settings)
         for s in sections[i::folds]:
             observed = normalize(s, panel, normalization)
@@ -295,6 +299,7 @@ def _kept(table):
     "A table from `gene_trust` as numbers and None, to be written into a file"
     return {k: [None if np.isnan(v) else round(float(v), 4) for v in column] for k,column in table.items()}
 
+# %% ../nbs/models/interface.ipynb #7d3e5a13
 def trusted(
     model:SpotModel, # with its `about`
 )->pd.DataFrame: # by gene: trust_r, trust_spread, trust_share; no columns where nothing is known
@@ -364,7 +369,7 @@ def scale_note(
     model:SpotModel, # with its `about`
     section:AnnData, # to predict
 )->str: # one line; empty where scales are much the same, or not known
-    "Where a section's image shows tissue at another scale than the training sections', by a factor of 1.5 or more"
+    "Where spots are of another width than in training, in pixels or micrometres, by a factor of 1.5 or more"
     def of(d, um): return f'{d:.3g} pixels' + (f' = {um:.3g} µm' if um else '')
     wide, um, trained = place(section).diameter, spot_um(section), model.about.get('spot_diameter')
     trained_um, found = model.about.get('spot_um'), []
@@ -372,9 +377,9 @@ def scale_note(
     if far(um, trained_um): found.append(f'a patch shows {"less" if um < trained_um else "more"} tissue')
     if far(wide, trained): found.append(f'a patch has {"fewer" if wide < trained else "more"} pixels')
     if not found: return ''
-    return (f'{section_name(section)}: a spot is {of(wide, um)} wide, in training {of(trained, trained_um)}, so '
-            f'{" and ".join(found)} than those learned from. Believe this prediction less, or predict from an '
-            'image at the scale of training.')
+    return (f'{section_name(section)}: a spot is {of(wide, um)} wide, in training '
+            f'{of(trained, trained_um)}, so {" and ".join(found)} than those learned from. '
+            'Believe this prediction less, or predict from an image at the scale of training.')
 
 # %% ../nbs/models/interface.ipynb #8ddeb759
 def parts(

@@ -156,7 +156,7 @@ def genes_to_show(predictions:list, # predicted AnnData of one section
                   observed:ad.AnnData|None=None, # normalised expression, where the section was measured
                   n:int=4, # how many
                  )->list: # of genes
-    "The genes most worth a look: predicted best here or, as far as it is known, on left-out training sections"
+    "The genes most worth a look: predicted best here or, where known, on training sections left out"
     genes, first = (predictions[0] if observed is None else observed).var_names, predictions[0]
     there = [p for p in predictions if observed is not None and set(p.obs_names) == set(observed.obs_names)]
     if there: worth = gene_correlations(observed, there[0][:, genes].copy()).r
@@ -164,6 +164,7 @@ def genes_to_show(predictions:list, # predicted AnnData of one section
     else: worth = pd.Series(np.asarray(first.X).std(0), first.var_names)[genes]
     return list(worth.sort_values(ascending=False, kind='stable').index[:n])
 
+# %% ../nbs/drawing/plots.ipynb #8c1b2a14
 def plot_predictions(predictions:dict, # title -> predicted AnnData of one section, at spots or super-resolved
                      genes:list, # the genes to draw, one row each
                      observed:ad.AnnData|None=None, # normalised expression, where the section was measured

@@ -99,6 +99,7 @@ def laid_out(
     steps = np.asarray(trained)[:2]
     return np.r_[steps, first - (xy @ steps).min(0, keepdims=True)]
 
+# %% ../nbs/idea/position.ipynb #9a0b0c13
 def model_grid(
     section:AnnData, # to predict
     trained, # (3, 2) `grid` of the training sections; None where it is unknown

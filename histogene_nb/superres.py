@@ -83,9 +83,8 @@ def _trained_positions(model):
     return np.array(model.about.get('positions', [[0, 0], [last, last]]))
 
 def _on_its_array(model, section, grid, centres, where):
-    "Without the patches farther than a step from the array, where nothing was learned; their number is noted"
-    section.uns['histogene']['n_beyond'] = 0
-    if 'n_pos' not in model.config: return centres, where
+    "Without the patches farther than a step from the array, where nothing was learned; and their number"
+    if 'n_pos' not in model.config: return centres, where, 0
     d, last = place(section).diameter, model.config['n_pos'] - 1
     low, high = _trained_positions(model)
     if len(section):
@@ -96,21 +95,21 @@ def _on_its_array(model, section, grid, centres, where):
     if not inside.any(): raise InputError(
         f'{section_name(section)}: no tissue of its image is on the array. Is this the image of these spots?')
     if n := int((~inside).sum()):
-        section.uns['histogene']['n_beyond'] = n
         print(f'{section_name(section)}: {n} of {len(at)} patches lie beyond the array, where this model has '
               'learned no position, and are left out. To predict them too, give the image alone.')
-    return centres[inside], where[inside]
+    return centres[inside], where[inside], n
 
+# %% ../nbs/idea/superres.ipynb #9c934839
 def without_array(
     model:SpotModel, # trained, such as a HisToGene
     xy:np.ndarray, # (n, 2) places on an image alone, in spot diameters
     tile:float|None=None, # side of tiles, in spot diameters
-)->tuple: # map to positions (3, 2), side of tiles or None, lowest position (2,)
+)->tuple: # map to positions (3, 2); side of tiles or None; first position in each, None where all are enough
     "Positions for places without an array: from where training's began, in tiles where these do not suffice"
     first, last = _trained_positions(model)
     grid = laid_out(xy, model.known('grid'), first)
     enough = np.rint(xy @ grid[:2] + grid[2:]).max(0) <= last
-    if 'n_pos' not in model.config or enough.all(): return grid, tile, first
+    if 'n_pos' not in model.config or enough.all(): return grid, tile, None
     # a tile is seen with its rim, and rounding takes a position
     fits = (np.maximum(last - first - 1, 1)/(1.5*np.abs(grid[:2]).sum(0))).min()
     return grid, min(tile or fits, fits), first
@@ -130,23 +129,23 @@ def predict_dense(
 )->AnnData: # sub-patches x panel
     "Sub-patch expression over the tissue of an image (paper: Predicting gene expression at super-resolution)"
     if note := scale_note(model, section): print(note)
-    (name, d, *_), k = place(section), round(max(factor, 0)**.5)
+    d, first, beyond = place(section).diameter, None, 0
     model.to(default_device(device))                             # before it looks at the tissue
     centres, where = dense_grid(mask, scale, d, factor)
-    if alone := grid is None: grid, tile, first = without_array(model, centres/d, tile)
-    else: centres, where = _on_its_array(model, section, grid, centres, where)
+    if grid is None: grid, tile, first = without_array(model, centres/d, tile)
+    else: centres, where, beyond = _on_its_array(model, section, grid, centres, where)
     at, X = on_array(centres, d, grid), np.empty((len(centres), len(model.known('genes'))), dtype=np.float32)
     some, padded = list(parts(model, centres/d, tile)), 0
     for seen,kept in tqdm(some, desc='prediction', unit='part', disable=len(some) == 1):
-        # the positions of a tile begin at its corner, where there is no array
-        own = at[seen].min(0) - first if alone else 0
+        own = 0 if first is None else at[seen].min(0) - first    # positions that begin at the tile's corner
         here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - own])
         X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
         padded += here.uns['histogene'].get('n_padded', 0)
-    return _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, padded)
+    counts = dict(n_padded=padded, n_beyond=beyond)
+    return _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, counts)
 
 # %% ../nbs/idea/superres.ipynb #8ea1ad89
-def _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, padded):
+def _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, counts):
     "The mean over the patches (n, genes) that cover each sub-patch on tissue, as a section"
     (name, d, *_), k = place(section), round(factor**.5)
     info, step = section.uns['spatial'][name], d/k
@@ -164,9 +163,9 @@ def _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, p
     known = {k: v for k,v in section.uns.get('histogene', {}).items() if k != 'truth'}
     if um := spot_um(section): known['spot_um'] = um
     scale = model.known('normalization')
-    out.uns['histogene'] = {**known, 'n_padded': padded, 'normalization': scale, 'unit': SCALES[scale]['unit'],
-                            'predicted_by': f'{model.name}_SR', 'superres': factor, 'patch_diameter': d,
-                            'corner': corner}
+    out.uns['histogene'] = {**known, **counts, 'normalization': scale,
+                            'unit': SCALES[scale]['unit'], 'predicted_by': f'{model.name}_SR',
+                            'superres': factor, 'patch_diameter': d, 'corner': corner}
     return out
 
 # %% ../nbs/idea/superres.ipynb #10cd8c38

@@ -80,11 +80,13 @@ def no_larger_than(
 ):
     "Making a model within this context ends with an `InputError` once it is far larger than its weights"
     # room for what a model makes and throws away, such as the head of a pretrained network
-    left = dict(tensors=4*len(weights) + 2000, numbers=2*sum(w.numel() for w in weights.values()) + 30_000_000)
+    left = dict(tensors=4*len(weights) + 2000,
+                numbers=2*sum(w.numel() for w in weights.values()) + 30_000_000)
     def count(module, name, tensor):
         left['tensors'] -= 1
         left['numbers'] -= 0 if tensor is None else tensor.numel()
-        if min(left.values()) < 0: raise InputError('What is described is a far larger model than its weights.')
+        if min(left.values()) < 0:
+            raise InputError('What is described is a far larger model than its weights.')
     hooks = [register(count) for register in (register_module_parameter_registration_hook,
                                               register_module_buffer_registration_hook)]
     try: yield

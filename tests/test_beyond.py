@@ -92,8 +92,10 @@ def test_tiles_follow_by_themselves_where_training_had_too_few_positions(made, t
     assert (predict_image(model, path, 56, tile=1000).X == image.X).all()             # no tile is larger than that
     old = from_pretrained(save_pretrained(model, tmp_path/'old'))
     del old.about['positions']                                                        # as models were saved before
-    _, tile, first = without_array(old, np.array([[5., 5], [6, 6]]))
-    assert tile is None and first.tolist() == [0, 0]
+    grid, tile, first = without_array(old, np.array([[5., 5], [6, 6]]))
+    assert tile is first is None and ([5, 5] @ grid[:2] + grid[2]).tolist() == [0, 0]
+    tiled, whole = (predict_image(model, path, 112, tile=t).obs for t in (2, None))          # enough: each place keeps its position
+    assert tiled.equals(whole)
 
 def test_other_scales_are_said(made, capsys):
     folder, (section, *_), panel, model = made
