@@ -7,7 +7,7 @@ from histogene_nb.interface import from_pretrained, save_pretrained, predict
 from histogene_nb.position import array_steps, fit_grid, grid_positions, spot_positions
 from histogene_nb.files import InputError
 from histogene_nb.sections import new_section, section_name
-from histogene_nb.superres import predict_image, predict_superres
+from histogene_nb.superres import predict_superres
 from histogene_nb.stnet import load_lite0
 from histogene_nb.texture import Textures, texture_numbers
 from histogene_nb.tissue import synthetic_section
@@ -88,7 +88,6 @@ def test_an_image_of_more_positions_than_the_model_has(made, tmp_path):
     model, _ = HisToGene.train_on([made['square']], made['model'].about['genes'], n_pos=16, **TINY)
     save_pretrained(model, tmp_path/'model')
     path = made['square'].uns['spatial']['X1']['metadata']['source_image_path']
-    with pytest.raises(InputError, match='beyond the model.*tile'): predict_image(model, path, 40)
-    histogene_predict(str(tmp_path/'model'), image=path, spot_diameter=40, tile=20, out=str(tmp_path/'p.h5ad'))
+    histogene_predict(str(tmp_path/'model'), image=path, spot_diameter=40, out=str(tmp_path/'p.h5ad'))            # in tiles, by itself
     found = ad.read_h5ad(tmp_path/'p.h5ad')
     assert np.isfinite(found.X).all() and found.obs.array_col.max() > 16

@@ -290,9 +290,6 @@ def test_negative_position(section):
     section.obs['array_row'] -= 3
     refused(r'X1: position \(x=\d, y=-3\) is beyond', grid_positions, section)
 
-def test_image_that_needs_more_positions(section, model):
-    refused(r'X1: position \(x=\d+, y=-?\d+\) is beyond', predict_image, model, picture(section), 8)
-
 @pytest.mark.parametrize('factor', [0, 2, 3, -4, 2.25])
 def test_superres_factor(section, model, factor): refused('is a square', predict_superres, model, section, factor)
 

@@ -71,7 +71,7 @@ def test_help():
                    histogene_plot='predictions --genes --section --out --root',
                    histogene_predict='model section --samples --image --spot --superres --out --root --device --cache --tile --precision',
                    histogene_reproduce='sections --samples --out --root --by --methods --panel --n --min --only --seeds',
-                   histogene_train='sections --samples --out --root --panel --n --min --normalization --epochs --lr --seed --pixels --device --precision --batch --array --setting --cache')
+                   histogene_train='sections --samples --out --root --panel --n --min --normalization --epochs --lr --seed --pixels --device --precision --batch --array --setting --cache --trust')
     *helped, unknown, nothing = run_all(*([n, '--help'] for n in NAMES), ['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train'])
     assert unknown.returncode == 2 and unknown.err.startswith('usage:') and 'Traceback' not in unknown.err
     assert nothing.returncode == 1 and nothing.err == 'histogene_train: Give sections, or a table of them (--samples).\n'
@@ -235,7 +235,7 @@ def test_whose_tissue(table, files, tmp_path):
     "A table says it, or the file does; leaving out patients that nobody named is refused, and nothing is written"
     file = table('path,name,patient', 'own.h5ad,mine,Q')
     read, catalogue = reader([files/'X1.h5ad', tmp_path/'own.h5ad'], samples=file)
-    assert catalogue.patient.to_dict() == dict(X1='X', Y1='Y1', mine='Q') and list(catalogue.told) == [True, False, True] and section_name(read('mine')) == 'mine'
+    assert catalogue.patient.to_dict() == dict(X1='X', Y1='', mine='Q') and section_name(read('mine')) == 'mine'
     section = ad.read_h5ad(tmp_path/'own.h5ad')
     section.obs['patient'] = 'R'
     assert reader([str(write_h5ad(section, tmp_path/'told.h5ad'))])[1].patient.to_dict() == dict(Y1='R')
