@@ -14,8 +14,8 @@ from pathlib import Path
 from fastcore import script
 from fastcore.script import call_parse
 from typing import Annotated, get_args
-from .files import (InputError, data_folder, look_for, model_files, published_sections,
-                                reading, whole_file)
+from .files import InputError, look_for, model_files, published_sections, reading, whole_file
+from .progress import working
 
 # %% ../nbs/runs/commands.ipynb #b8dd191a
 _COLUMNS = 'path', 'name', 'patient', 'image', 'spot_width'
@@ -54,26 +54,18 @@ def _sample(file, where, row):
     return row
 
 # %% ../nbs/runs/commands.ipynb #c53bce49
-def _look_for(section, root): # what lies inside a store its reader knows, and a folder may be a link
-    in_store = any(p.suffix.lower() == '.zarr' for p in Path(section).parents)
-    if not in_store and not any((Path(root) if root else data_folder()).glob(f'ST-cnts/{section}.tsv*')):
-        look_for(section, root)
-
 def _given(sections, samples, root):
     "The sections that are meant, as dicts: those given, then those of the table; each is there"
     sections = [sections] if isinstance(sections, (str, Path)) else sections or []
     found = [dict(path=str(s)) for s in sections] + (_samples(samples) if samples else [])
     if not found: raise InputError('Give sections, or a table of them (--samples).')
-    for f in found: _look_for(f['path'], root)
+    for f in found: look_for(f['path'], root)
     return found
 
 def _patient(section):
-    "Whose tissue a section is, or None: a reader that is not told names the patient as the section"
+    "Whose tissue a section is; '' where that is not said"
     said = section.obs['patient'].dropna().unique() if 'patient' in section.obs else []
-    if len(said) == 1: return str(said[0])
-    from histogene_nb.sections import section_name
-    patient = str(section.uns['histogene'].get('patient', section_name(section)))
-    return None if patient == section_name(section) else patient
+    return str(said[0]) if len(said) == 1 else str(section.uns['histogene'].get('patient', ''))
 
 def _read(given, root, verbose=True):
     "A section, called and measured as its table says"
@@ -86,7 +78,7 @@ def _read(given, root, verbose=True):
         print(f'{old} is called {name}; a spot is {width:g} pixels wide')
     section.uns['spatial'] = {name: section.uns['spatial'][old]}
     place(section).scalefactors['spot_diameter_fullres'] = width
-    section.uns['histogene'].update(section=name, patient=patient or name)
+    section.uns['histogene'].update(section=name, patient=patient)
     return section
 
 # %% ../nbs/runs/commands.ipynb #717d93b5
@@ -133,7 +125,7 @@ def _shell(func):
         if not _typed(func.__name__): return func(*args, **kwargs)
         rank, name = _torchrun('RANK', 0), func.__name__
         try:
-            with redirect_stdout(io.StringIO() if rank else sys.stdout): return func(*args, **kwargs)
+            with redirect_stdout(io.StringIO() if rank else sys.stdout), working(name): return func(*args, **kwargs)
         except InputError as e:
             said = _in_a_shell(' '.join(str(e).splitlines()), func)
             sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {said}')
@@ -231,6 +223,7 @@ def histogene_train(
         'Other settings of the model, such as dim=512 depth=4; an unknown one is answered with a list',
         opt=True, nargs='+', action='extend')=None,
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
+    trust_folds:int=0, # Learn which genes to believe by this many more trainings, each without some sections
 ):
     "Train a model on sections and save it"
     start, out, command = time.perf_counter(), Path(out), _command('histogene_train', sections or samples)
@@ -245,7 +238,7 @@ def histogene_train(
     data = [_read(s, root) for s in training]
     from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
-    from histogene_nb.interface import model_class, save_pretrained
+    from histogene_nb.interface import learned, model_class, save_pretrained, trust_summary
     from histogene_nb.devices import default_device, device_name, precision_on, processes
     rank, world = processes(device)  # before the first use of a card
     chosen, kind = default_device(device), model_class(model)
@@ -255,14 +248,17 @@ def histogene_train(
           f'on {chosen} ({device_name(chosen)}){layers}')
     if more: given['array_from'] = [_read(s, root) for s in more]
     net, losses = kind.train_on(data, genes, normalization, seed, device, out/'training.safetensors', cache,
-                                **given)
+                                trust_folds, **given)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
     net.about['provenance'] = provenance(command, start, device, processes=world)
     if rank > 0: return
     save_pretrained(net, out)
-    (out/'training.safetensors').unlink(missing_ok=True)
-    learned = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
-    print(f'{learned} in {time.perf_counter() - start:.0f} s; model in {out}')
+    for f in (out/'training.safetensors', *out.glob('without_*.training.safetensors')): f.unlink(missing_ok=True)
+    how_well = net.about['training']
+    if how_well['error'] < how_well['mean_error']: print(learned(net))  # else train_on has said it
+    if trust_folds: print(trust_summary(net))
+    change = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
+    print(f'{change} in {time.perf_counter() - start:.0f} s; model in {out}')
 
 # %% ../nbs/runs/commands.ipynb #1283dca9
 _TABLE = 'gene,r,p,neg_log10_p,n,status'  # first line of the table of correlations
@@ -352,6 +348,7 @@ def _predict_section(net, given, root, superres, device, cache, tile, precision)
 def _write_prediction(predicted, compare, out, net, command, start, device, precision, **more):
     "A prediction as .h5ad and what made it as .json; how well it fits as .csv, where that can be said"
     from histogene_nb.evaluation import summarize
+    from histogene_nb.interface import trust_summary
     from histogene_nb.sections import add_hires, section_name
     if not predicted.uns['spatial'][section_name(predicted)]['images']:
         add_hires(predicted)  # scanpy's pl.spatial wants one
@@ -365,6 +362,7 @@ def _write_prediction(predicted, compare, out, net, command, start, device, prec
     finally: _write_files(predicted, table, results, out, net, command, start, device, precision, **more)
     print(f'{predicted.n_obs} x {predicted.n_vars} '
           f'({"patches" if "patch_diameter" in predicted.uns["histogene"] else "spots"} x genes) in {out}')
+    print(trust_summary(net))
     for method,r in results.items():
         print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, "
               f"median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
@@ -444,9 +442,8 @@ def _told_apart(paths):
 
 def _to_draw(found, predictions, genes, section, root):
     "Genes to draw, and what was measured of them, if anything"
-    import pandas as pd
-    from histogene_nb.evaluation import gene_correlations
     from histogene_nb.expression import normalize
+    from histogene_nb.plots import genes_to_show
     first, observed = found[0], None
     shown = list(first.var_names)
     if section is not None:
@@ -460,12 +457,7 @@ def _to_draw(found, predictions, genes, section, root):
             if g not in f.var_names: raise InputError(
                 f'{p}: gene {g} is not among the {f.n_vars} predicted, such as {", ".join(f.var_names[:3])}.')
         if g not in shown: raise InputError(f'{section}: gene {g} was not measured in this section.')
-    if genes: return genes, observed
-    spots = set() if observed is None else set(observed.obs_names)
-    at_spots = next((f for f in found if set(f.obs_names) == spots), None)
-    worth = (pd.Series(first.X.std(0), first.var_names)[shown] if at_spots is None
-             else gene_correlations(observed, at_spots[:, shown].copy()).r)
-    return list(worth.sort_values(ascending=False).index[:4]), observed
+    return genes or genes_to_show(found, observed), observed
 
 # %% ../nbs/runs/commands.ipynb #e8bc09f9
 @call_parse
@@ -487,28 +479,17 @@ def histogene_plot(
     predictions = [predictions] if isinstance(predictions, (str, Path)) else list(predictions)
     for p in predictions:
         if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
-    if section is not None: _look_for(section, root)
+    if section is not None: look_for(section, root)
     found = [_read_prediction(p) for p in predictions]
     import matplotlib.pyplot as plt
-    from histogene_nb import plots
+    from histogene_nb.plots import plot_predictions
     from histogene_nb.sections import section_name
-    first = found[0]
-    maps = [(f"{n}\n{f.uns['histogene']['predicted_by']}", f) for n,f in zip(_told_apart(predictions), found)]
+    maps = {f"{n}\n{f.uns['histogene']['predicted_by']}": f for n,f in zip(_told_apart(predictions), found)}
     if len(names := {section_name(f) for f in found}) > 1: raise InputError(
         f'These are predictions of different sections, {" and ".join(sorted(names))}. '
         'Give those of one section.')
     genes, observed = _to_draw(found, predictions, genes, section, root)
-    if observed is not None: maps = [('measured', observed), *maps]
-    info = first.uns['spatial'][section_name(first)]
-    fig, axes = plt.subplots(len(genes), 1 + len(maps), figsize=(3*(1 + len(maps)), 2.7*len(genes)),
-                             layout='constrained', squeeze=False)
-    scale, picture = info['scalefactors']['tissue_hires_scalef'], info['images']['hires']
-    for row,gene in zip(axes, genes):
-        for ax,(_,a) in zip(row[1:], maps): plots.plot_gene(a, gene, ax=ax, title='')
-        row[0].imshow(picture, extent=(0, picture.shape[1]/scale, picture.shape[0]/scale, 0))
-        row[0].set(xticks=[], yticks=[], xlim=row[-1].get_xlim(), ylim=row[-1].get_ylim())
-        row[0].set_ylabel(gene, style='italic', fontsize=12)
-    for ax,title in zip(axes[0], ['image', *(title for title,_ in maps)]): ax.set_title(title)
+    fig = plot_predictions(maps, genes, observed)
     with whole_file(out) as part: fig.savefig(part, format=kind, dpi=110)
     plt.close(fig)
     print(f'{", ".join(genes)} in {out}')
@@ -523,10 +504,10 @@ def reader(
     root:str|Path|None=None, # folder of the data; `data_folder()` unless given
     folder:str|Path='tissue', # where synthetic tissue is drawn
     samples:str|Path|None=None, # table of more sections, see `histogene_train`
-)->tuple: # a function from a name to its section; a table: index section, columns patient, told (if it is)
+)->tuple: # a function from a name to its section; a table: index section, column patient, '' where it is not said
     "How to read the sections of a run"
     if list(sections or ()) == ['synthetic'] and not samples: return _synthetic(folder)
-    for s in set(sections or ()) - {'cscc'}: _look_for(s, root)
+    for s in set(sections or ()) - {'cscc'}: look_for(s, root)
     import pandas as pd
     from histogene_nb.cscc import cscc_catalogue
     from histogene_nb.her2st import released_sections
@@ -540,7 +521,7 @@ def reader(
         if name in known: raise InputError(
             f"{given['path']} and {known[name]['path']} are both called {name}. Give each a name of its own: "
             'in the column name of a table (samples), by its folder, or by the key in uns of the .h5ad file.')
-        known[name], rows[name] = given, dict(patient=patient or name, told=patient is not None)
+        known[name], rows[name] = given, dict(patient=patient)
     return (lambda name: _read(known[name], root, False)), pd.DataFrame.from_dict(rows, orient='index')
 
 def _synthetic(folder):
@@ -551,7 +532,7 @@ def _synthetic(folder):
     def read(name):
         if name not in made: made[name] = synthetic_section(folder, name)
         return made[name]
-    return read, pd.DataFrame(dict(patient=SYNTHETIC, told=True))
+    return read, pd.DataFrame(dict(patient=SYNTHETIC))
 
 # %% ../nbs/runs/commands.ipynb #18d77a2e
 def measured_rates(
@@ -621,8 +602,8 @@ def histogene_reproduce(
     if by not in ('section', 'patient', 'both'):
         raise InputError(f'--by is section, patient or both, not {by}.')
     read, catalogue = reader(sections, root, out/'tissue', samples)
-    if by != 'section' and not catalogue.told.all(): raise InputError(
-        f'--by {by}: it is not said whose tissue {", ".join(catalogue.index[~catalogue.told])} is. '
+    if by != 'section' and (unknown := list(catalogue.index[catalogue.patient == ''])): raise InputError(
+        f'--by {by}: it is not said whose tissue {", ".join(unknown)} is. '
         'Give a column patient in a table (--samples), or in obs of the .h5ad file; '
         'or leave out sections (--by section).')
     from histogene_nb.crossval import cross_validate, duration
@@ -685,20 +666,17 @@ def histogene_demo(
 ):
     "Train on synthetic tissue, predict a held-out section at spots and 4x, evaluate, write a report"
     import pandas as pd
-    from tqdm.auto import tqdm
     from histogene_nb import evaluation as ev
     from histogene_nb.folds import provenance, write_h5ad
     from histogene_nb.expression import normalize, select_panel
     from histogene_nb.interface import predict, save_pretrained
     from histogene_nb.model import HisToGene
     from histogene_nb.superres import predict_superres, recover_spots
-    from histogene_nb.tissue import synthetic_section
+    from histogene_nb.tissue import synthetic_sections
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
-    sections = [synthetic_section(out/'sections', n, seed)
-                for n in tqdm(names, desc='synthetic tissue', unit='section')]
-    *training, held_out = sections
+    *training, held_out = synthetic_sections(out/'sections', names, seed)
     panel = select_panel(training, n_top=120, min_spots=200)
     model, losses = HisToGene.train_on(training, panel, epochs=epochs, lr=1e-3, seed=seed, device=device,
                                        dim=128, depth=2, heads=4)

@@ -12,7 +12,6 @@ import anndata as ad, h5py, numpy as np, pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem
 from anndata.utils import make_index_unique
-from PIL import Image
 from scipy import sparse
 from .files import InputError, reading
 from .her2st import chosen_spots

@@ -15,7 +15,7 @@ from .position import another_array, check_positions, fit_grid, spot_positions
 from .devices import device_of, enough_memory, full_precision
 from .attention import MultiHeadAttention, attention_weights
 from .interface import SpotModel
-from .tensors import load_tensors
+from .tensors import load_tensors, no_larger_than
 
 # %% ../nbs/idea/model.ipynb #dbe9d5d0
 class Block(nn.Module):
@@ -226,8 +226,9 @@ def load_released(
     if dim % 64 or 3*(size := round((n_in/3)**.5))**2 != n_in:
         raise InputError('A released checkpoint has heads of 64 features and square patches; '
                          f'this one has {dim} features and {n_in} numbers a patch.')
-    model = HisToGene(n_genes, size, n_pos, dim, depth, heads=dim//64, mlp_dim=mlp_dim, pixels='raw',
-                      order='released')
+    with no_larger_than(weights):
+        model = HisToGene(n_genes, size, n_pos, dim, depth, heads=dim//64, mlp_dim=mlp_dim, pixels='raw',
+                          order='released')
     ours = {_released_name(name): name for name in model.state_dict()}
     load_tensors(model, {ours.get(name, name): w for name,w in weights.items()}, 'released checkpoint')
     return model.eval()

@@ -24,7 +24,6 @@ from .sections import place, section_name
 from .images import as_rgb, decoding
 from .patches import (cache_file, cut_patches, extract_patches, read_array, save_array,
                                   section_image, window_places)
-from .expression import normalize
 from .interface import SpotModel
 from .model import Block
 from .stnet import load_lite0

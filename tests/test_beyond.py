@@ -1,8 +1,8 @@
 "What reaches beyond: tissue past its array, images with none, other scales, descriptions larger than their weights; and what a training knows of itself"
-import anndata as ad, json, numpy as np, pytest, time
+import json, numpy as np, pytest, time
 from PIL import Image
 from torch import nn
-from histogene_nb import interface, plots
+from histogene_nb import plots
 from histogene_nb.expression import normalize, select_panel
 from histogene_nb.files import InputError
 from histogene_nb.interface import SpotModel, from_pretrained, gene_trust, learned, predict, save_pretrained, scale_note, trust_summary, trusted

@@ -229,7 +229,7 @@ def test_table_of_sections(table, tmp_path, between, monkeypatch):
     named, plain = (commands._read(g, None) for g in commands._given(None, file, None))
     assert section_name(named) == 'mine' and named.uns['histogene']['patient'] == 'Q' and named.uns['histogene']['section'] == 'mine'
     assert place(named).diameter == 90 and Path(place(named).path).samefile(tmp_path/'photo.jpg')
-    assert (section_name(plain), plain.uns['histogene']['patient'], place(plain).diameter) == ('Y1', 'Y1', 112)
+    assert (section_name(plain), plain.uns['histogene']['patient'], place(plain).diameter) == ('Y1', '', 112)
 
 def test_whose_tissue(table, files, tmp_path):
     "A table says it, or the file does; leaving out patients that nobody named is refused, and nothing is written"

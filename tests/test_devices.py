@@ -4,7 +4,7 @@
 import copy, json, os
 import numpy as np, pytest, torch
 import forks, pretend
-from conftest import exports, name, notebooks, root
+from conftest import exports, name, notebooks
 from pretend import Pretended
 from torch import nn
 from torch.nn import functional as F

@@ -1,6 +1,6 @@
 "What the one interface of a model refuses: a model that lacks something, a name, a saved model of somebody else's"
 import os, pickle
-import pytest, torch
+import pytest
 from torch import nn
 from histogene_nb import interface
 from histogene_nb.expression import select_panel

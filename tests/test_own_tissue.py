@@ -11,7 +11,6 @@ from histogene_nb.matching import count_on_tissue, image_notes, image_scale
 from histogene_nb.patches import tissue_mask
 from histogene_nb.readers import read_section
 from histogene_nb.sections import new_section, place, section_name, small_copy
-from histogene_nb.visium import read_visium
 from conftest import needs_images
 
 PX, PITCH, WIDE = 600, 40, 22
