@@ -167,13 +167,6 @@ def test_transparent_pixels_are_white(section, tmp_path, mode, options):
     scale = add_hires(section).uns['spatial']['X1']['scalefactors']['tissue_hires_scalef']
     assert (section.uns['spatial']['X1']['images']['hires'][int(y*scale), int((x - 28)*scale)] == 255).all()
 
-@pytest.mark.parametrize('dtype', [np.uint16, np.int32, np.float32])
-def test_deep_images(section, model, tmp_path, dtype):
-    with Image.open(picture(section)) as im: grey = np.asarray(im.convert('L')).astype(dtype)
-    Image.fromarray(grey*200).save(tmp_path/'deep.tif')
-    assert 'deep.tif' in refused('more than 8 bits.*Export it as 8-bit RGB', extract_patches, with_image(section, tmp_path/'deep.tif'))
-    assert 'deep.tif' in refused('more than 8 bits.*Export it as 8-bit RGB', predict_image, model, tmp_path/'deep.tif', 112)
-
 def test_image_without_tissue(model, tmp_path):
     Image.new('RGB', (900, 900), 'white').save(tmp_path/'glass.png')
     assert 'glass.png' in refused('no tissue', predict_image, model, tmp_path/'glass.png', 112)
@@ -221,9 +214,8 @@ def test_no_gene_in_common(made, section, model):
 def test_no_gene_in_common_with_the_model(made, section, saved, tmp_path):
     section.var_names = [f'ENSG{i:011}' for i in range(section.n_vars)]
     file, out = write_h5ad(section, tmp_path/'foreign.h5ad'), tmp_path/'p.h5ad'
-    out.write_text('before')
     assert 'foreign.h5ad' in refused(f"none of the model's {len(made['panel'])} genes", histogene_predict, str(saved), str(file), out=str(out))
-    assert out.read_text() == 'before' and not out.with_suffix('.json').exists()
+    assert not out.exists() and not out.with_suffix('.json').exists()
 
 def test_panel_gene_missing(made, section, panel):
     less = section[:, [g for g in section.var_names if g != panel[4]]].copy()
