@@ -226,7 +226,8 @@ def _by_layer(model):
     layers = [m for name,found in model.named_modules() if name.endswith('blocks') and not model.alone
               for m in found.children()]
     with working('prediction', len(layers) or 1, 'layer') as bar, ExitStack() as hooks:
-        for m in layers: hooks.callback(m.register_forward_hook(lambda *_: bar.update()).remove)
+        def done(*_): bar.update()                   # what a hook returns would replace the layer's output
+        for m in layers: hooks.callback(m.register_forward_hook(done).remove)
         yield
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ def test_layers_are_counted_and_the_prediction_is_the_same_to_the_bit(monkeypatc
     torch.manual_seed(0)
     model, seen = HisToGene(5, 8, 8, 16, 3, 2).eval(), (torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.randint(8, (20, 2)))
     with torch.no_grad(): alone = model(*seen).numpy()
+    slow = model.blocks[1].register_forward_pre_hook(lambda *_: time.sleep(.2))   # so that a bar is drawn between two layers
     found = []
     @contextmanager
     def noted(*args):
@@ -95,4 +96,5 @@ def test_layers_are_counted_and_the_prediction_is_the_same_to_the_bit(monkeypatc
     monkeypatch.setattr('histogene_nb.interface.working', noted)
     np.testing.assert_array_equal(run_model(model, seen, 'cpu', 'float32'), alone)
     assert found == [('prediction', 3, 3)]
+    slow.remove()
     assert not any(m._forward_hooks for m in model.modules())
