@@ -22,8 +22,8 @@ def grid_pitch(section):
     fit = np.linalg.lstsq(grid, section.obsm['spatial'], rcond=None)[0]
     return np.sqrt(abs(np.linalg.det(fit[:2])))
 
-spots = pd.DataFrame({n: dict(spots=s.n_obs, largest_x=int(s.obs.array_col.max()), largest_y=int(s.obs.array_row.max()), pitch_px=round(float(grid_pitch(s)), 2),
-                              **{f'spots with {k} genes': int(((s.X > 0).sum(1) >= k).sum()) for k in (500, 800, 1000)}) for n,s in sections.items()}).T
+spots = pd.DataFrame.from_dict({n: dict(spots=s.n_obs, largest_x=int(s.obs.array_col.max()), largest_y=int(s.obs.array_row.max()), pitch_px=round(float(grid_pitch(s)), 2),
+                              **{f'spots with {k} genes': int(((s.X > 0).sum(1) >= k).sum()) for k in (500, 800, 1000)}) for n,s in sections.items()}, orient='index')
 spots.rename_axis('section').assign(released=spots.index.isin(released_sections())).to_csv(results/'counted_sections.csv')
 
 seeds = {}

@@ -81,13 +81,14 @@ def map_section(
 def attention_shares_by_layer(
     tables:dict, # from `read_tables`
     level:str='HisToGene', # at the spots, or 'HisToGene_SR', super-resolved
+    by:str='section', # the split: 'section' or 'patient'
     seed:int|None=None, # of the models; the first there is unless given
 )->pd.DataFrame: # a row per section and layer; in times even attention: target, neighbours
     """How much the targets of a run look at themselves and at their neighbours.
 
     1 is what looking at all spots alike would give"""
-    a = tables['attention']
-    a = a[(a.level == level) & (a.seed == (a.seed.min() if seed is None else seed))]
+    a, folds = tables['attention'], fold_names(tables['run']['sections'], by)
+    a = a[(a.level == level) & a.fold.isin(folds) & (a.seed == (a.seed.min() if seed is None else seed))]
     return a.assign(target=a.on_target/a.even, neighbours=a.on_neighbours/(a.n_neighbours*a.even))
 
 # %% ../nbs/runs/fold_tables.ipynb #a12e8092
