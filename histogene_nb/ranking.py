@@ -42,8 +42,8 @@ def enrich_pathways(
     Enriched is one whose es is positive: below 0, its genes are the last of the best"""
     sets, best = _gene_sets(gene_sets), ranking.mean_neg_log10_p.iloc[:top]
     sets = {k: v for k,v in sets.items() if len(set(v) & set(ranking.index)) >= min_size}
-    if not sets: raise InputError(f'none of the gene sets holds {min_size} of the {len(ranking)} ranked genes: '
-                                  'are both human gene symbols?')
+    if not sets: raise InputError(f'none of the gene sets holds {min_size} of the {len(ranking)} ranked '
+                                  'genes: are both human gene symbols?')
     found = _overlaps(best.index, sets, ranking.index)
     walks = _walks(best, {k: sets[k] for k in found.index[found.n_top > 0]}, permutations, seed)
     found = walks.reindex(found.index).fillna(dict(es=0, p=1)).join(found)
@@ -64,6 +64,7 @@ def _gene_sets(sets):
         f'{sets}: gseapy cannot download gene sets of this name ({type(e).__name__}). '
         'Give a GMT file, or one of gseapy.get_library_name().') from e
 
+# %% ../nbs/judging/ranking.ipynb #3eaf77b4
 def _walks(best, sets, permutations, seed):
     "Enrichment by the walk down the list: es and p of each pathway; no p is below what permutations can show"
     import gseapy
