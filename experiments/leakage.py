@@ -1,7 +1,9 @@
 """What sister sections, and the choice of genes, do to a cross-validation; the tables go into the package.
 
     HISTOGENE_DATA=... python experiments/leakage.py runs
+    HISTOGENE_DATA=... python experiments/leakage.py --sisters    `sisters` alone, which needs no training
 
+`sisters`: r from one sister by position alone, on both scales, to set beside a re-run that was on the released one.
 `pairs`: a section predicted from other sections' counts by position on the array alone, all 36 sections.
 `one_teacher`: one section trains, another is predicted, the five sections with photographs; B4 with fewer spots too, as few as a section of C has.
 `panels`: sections left out in turn, with genes chosen in four ways.
@@ -16,7 +18,7 @@ from histogene_nb.commands import reader
 from histogene_nb.folds import Fold, fold_name, provenance, run_fold
 from histogene_nb.methods import baselines, ridges, texture_model
 from histogene_nb.evaluation import gene_correlations, position_baseline
-from histogene_nb.expression import common_genes, normalize, read_panel, select_panel
+from histogene_nb.expression import SCALES, common_genes, normalize, read_panel, select_panel
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import her2st_catalogue, read_her2st
 from histogene_nb.sections import leave_one_out
@@ -47,6 +49,15 @@ def pairs(measured, panel):
         rows += [dict(training=t, section=b, r=gene_correlations(known[b], position_baseline([known[n] for n in names], known[b])).r.mean()) for t,names in teachers.items()]
     return pd.DataFrame(rows)
 
+def sisters(measured, panel):
+    "Mean r of position alone from one sister, over the sisters of each section, on both scales"
+    rows = []
+    for scale in SCALES:
+        known = {n: normalize(s, panel, scale) for n,s in measured.items()}
+        rows += [dict(section=b, scale=scale, r=gene_correlations(known[b], position_baseline([known[a]], known[b])).r.mean())
+                 for b in known for a in known if a != b and a[0] == b[0]]
+    return pd.DataFrame(rows).groupby(['section', 'scale']).r.mean().unstack().reset_index()
+
 def one_teacher(out, read, panel):
     "One section trains, the others are predicted"
     size, rng = round(np.mean([len(read(c)) for c in sections[1:]])), np.random.default_rng(1)
@@ -71,15 +82,19 @@ def panels(out, read, catalogue, published):
             for which,part in {'its own': scores, 'shared by all': scores[scores.gene.isin(shared)]}.items(): rows.append(means(part, ['method', 'section']).assign(chosen_on=k, genes=which, largest_change=change))
     return pd.concat(rows)
 
+def save(name, table): table.round(5).to_csv(results/f'{name}.csv', index=False)
+def every_section(): return {n: read_her2st(data_folder(), n, verbose=False) for n in her2st_catalogue().index}
+def published(): return read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
+
 def main(folder):
     start, out = time.perf_counter(), Path(folder)
     results.mkdir(exist_ok=True)
     read, catalogue = reader(sections)
-    read, panel = cache(read), read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
-    save = lambda name, table: table.round(5).to_csv(results/f'{name}.csv', index=False)
+    read, panel, measured = cache(read), published(), every_section()
     save('one_teacher', one_teacher(out, read, panel))
     save('panels', panels(out, read, catalogue, panel))
-    save('pairs', pairs({n: read_her2st(data_folder(), n, verbose=False) for n in her2st_catalogue().index}, panel))
+    save('pairs', pairs(measured, panel))
+    save('sisters', sisters(measured, panel))
     (results/'run.json').write_text(json.dumps(provenance(command, start, sections=sections, seed=0), indent=1))
 
-if __name__ == '__main__': main(sys.argv[1])
+if __name__ == '__main__': save('sisters', sisters(every_section(), published())) if sys.argv[1] == '--sisters' else main(sys.argv[1])

@@ -8,6 +8,7 @@ __all__ = ['rank_genes', 'enrich_pathways']
 # %% ../nbs/judging/ranking.ipynb #20865ccd
 from pathlib import Path
 import numpy as np, pandas as pd
+from scipy.stats import false_discovery_control, hypergeom
 from .files import InputError, reading
 
 # %% ../nbs/judging/ranking.ipynb #3c9868b5
@@ -33,17 +34,22 @@ def enrich_pathways(
     gene_sets, # a GMT file, a dictionary of lists, or the name of a library that gseapy downloads
     top:int=100, # how many of the best genes
     permutations:int=10_000, # of the gene list
-    min_size:int=3, # a pathway is tested if at least so many of its genes are among the top ones
+    min_size:int=3, # a pathway is tested if at least so many of its genes are ranked
     seed:int=0, # of the permutations
 )->pd.DataFrame: # pathways: es, p, fdr; n_top, n_ranked (genes in it), p_overlap, fdr_overlap; genes
-    "Pathways enriched among the best genes, by gene set enrichment (paper: Figure 2b) and by overlap (ours)"
+    """Pathways among the best genes, by gene set enrichment (paper: Figure 2b) and by overlap (ours).
+
+    Enriched is one whose es is positive: below 0, its genes are the last of the best"""
     sets, best = _gene_sets(gene_sets), ranking.mean_neg_log10_p.iloc[:top]
-    sets = {k: v for k,v in sets.items() if len(set(v) & set(best.index)) >= min_size}
-    if not sets: raise InputError(
-        f'none of the gene sets holds {min_size} of the top {len(best)} genes: are both human gene symbols?')
-    found = _walks(best, sets, permutations, min_size, seed).join(_overlaps(best, sets, ranking.index))
-    found['genes'] = [';'.join(g for g in best.index if g in set(sets[t])) for t in found.index]
-    return found.sort_values(['p', 'p_overlap']).rename_axis('pathway')
+    sets = {k: v for k,v in sets.items() if len(set(v) & set(ranking.index)) >= min_size}
+    if not sets: raise InputError(f'none of the gene sets holds {min_size} of the {len(ranking)} ranked '
+                                  'genes: are both human gene symbols?')
+    found = _overlaps(best.index, sets, ranking.index)
+    walks = _walks(best, {k: sets[k] for k in found.index[found.n_top > 0]}, permutations, seed)
+    found = walks.reindex(found.index).fillna(dict(es=0, p=1)).join(found)
+    for p in ('p', 'p_overlap'): found[p.replace('p', 'fdr', 1)] = false_discovery_control(found[p])
+    found = found[['es', 'p', 'fdr', 'n_top', 'n_ranked', 'p_overlap', 'fdr_overlap', 'genes']]
+    return found.sort_values(['p', 'p_overlap'], kind='stable').rename_axis('pathway')
 
 # %% ../nbs/judging/ranking.ipynb #12ce4a95
 def _gene_sets(sets):
@@ -58,18 +64,20 @@ def _gene_sets(sets):
         f'{sets}: gseapy cannot download gene sets of this name ({type(e).__name__}). '
         'Give a GMT file, or one of gseapy.get_library_name().') from e
 
-def _walks(best, sets, permutations, min_size, seed):
-    "Enrichment by the walk down the list: es, p, fdr of each pathway"
+# %% ../nbs/judging/ranking.ipynb #3eaf77b4
+def _walks(best, sets, permutations, seed):
+    "Enrichment by the walk down the list: es and p of each pathway; no p is below what permutations can show"
     import gseapy
-    walk = gseapy.prerank(best, sets, permutation_num=permutations, min_size=min_size, max_size=len(best),
+    if not sets: return pd.DataFrame(columns=['es', 'p'], dtype=float)
+    walk = gseapy.prerank(best, sets, permutation_num=permutations, min_size=1, max_size=len(best),
                           seed=seed, threads=1, outdir=None).res2d.set_index('Term')
-    return pd.DataFrame(dict(es=walk.ES, p=walk['NOM p-val'], fdr=walk['FDR q-val'])).astype(float)
+    found = pd.DataFrame(dict(es=walk.ES, p=walk['NOM p-val'])).astype(float)
+    return found.assign(p=found.p.clip(lower=1/permutations))
 
 def _overlaps(best, sets, genes):
     "Enrichment by the overlap: genes of each pathway among the best and all, and the hypergeometric test"
-    import gseapy
-    over = gseapy.enrich(list(best.index), sets, background=list(genes), outdir=None, no_plot=True).results
-    over = over.set_index('Term')
-    counts = over.Overlap.str.split('/', expand=True).astype(int)
-    return pd.DataFrame(dict(n_top=counts[0], n_ranked=counts[1],
-                             p_overlap=over['P-value'], fdr_overlap=over['Adjusted P-value']))
+    among = {k: set(v) for k,v in sets.items()}
+    found = pd.DataFrame({k: dict(n_top=len(v & set(best)), n_ranked=len(v & set(genes)),
+                                  genes=';'.join(g for g in best if g in v)) for k,v in among.items()}).T
+    found = found.astype(dict(n_top=int, n_ranked=int))
+    return found.assign(p_overlap=hypergeom.sf(found.n_top - 1, len(genes), found.n_ranked, len(best)))
