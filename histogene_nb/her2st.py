@@ -305,7 +305,7 @@ def read_her2st(
     image, joined['spatial'], scale = _picture(root, name, image, joined, spot_file)
     if spot_diameter is None:
         step = _step(joined['spatial'], joined)/scale
-        spot_diameter = 112. if published or not step > 0 else step/2
+        spot_diameter = 112. if published or not step > 0 else round(step/2, 3)
     labels, no_spot, no_position = _read_labels(label_file, spots) if label_file else (None, 0, 0)
     patient = name[0] if re.fullmatch(r'[A-Za-z]\d+', name) else ''      # unknown, unless the name says so
     section = new_section(**joined, name=name, patient=patient, image_path=image,
