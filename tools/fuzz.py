@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from scipy import sparse
 from scipy.io import mmwrite
 import histogene_nb
-from histogene_nb.commands import histogene_predict, histogene_reproduce, histogene_train
+from histogene_nb.commands import _TABLE, histogene_predict, histogene_reproduce, histogene_train
 from histogene_nb.fold_tables import read_tables
 from histogene_nb.folds import provenance, write_h5ad
 from histogene_nb.cscc import read_cscc, write_cscc
@@ -181,6 +181,13 @@ def see_model(home, section):
         with torch.no_grad(): predicted = pd.DataFrame(model(torch.linspace(-1, 1, 3*160*len(model.config['windows'])).reshape(3, -1), torch.zeros(3, 2, dtype=torch.long)).numpy(), columns=model.about['genes'])
     return dict(predicted=predicted)
 
+def earlier_prediction(file):
+    "What histogene_predict may have written there at another time"
+    file.parent.mkdir()
+    ad.AnnData(np.zeros((1, 1), np.float32), uns=dict(histogene=dict(predicted_by='HisToGene'))).write_h5ad(file)
+    file.with_suffix('.csv').write_text(_TABLE + '\n')
+    file.with_suffix('.json').write_text(json.dumps(dict(command='histogene_predict of another time')))
+
 def see_predicted(home, **kwargs):
     out = home/'out'/'predicted.h5ad'
     typed('histogene_predict', str(home/'model'), out=str(out), device='cpu', **kwargs)
@@ -239,7 +246,7 @@ def inputs():
         def f(home, section):
             make(home, section)
             save_pretrained(model_of(section, kind), home/'model')
-            if out: (home/'out').mkdir(); [(home/'out'/f'predicted.{e}').write_text('of another time') for e in ('h5ad', 'csv', 'json')]
+            if out: earlier_prediction(home/'out'/'predicted.h5ad')
         return f
     both = lambda home, section: (h5ad(home, section, 'csr'), panel(home, section))
     cached = lambda make: lambda home, section: (h5ad(home, section, 'csr'), see_cached(home, make))
