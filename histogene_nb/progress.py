@@ -75,6 +75,9 @@ def working(
     with (open(os.devnull, 'w') as nowhere,
           tqdm(delay=FIRST, dynamic_ncols=True, **how) if draws and screen
           else terminal_tqdm(file=nowhere, ncols=None if first else _open[0].ncols, **how) as bar):
+        if bar.disable:                                              # as TQDM_DISABLE=1 asks
+            yield bar
+            return
         _open.append(bar)
         try:
             with _drawn(bar, screen) if draws else nullcontext(): yield bar

@@ -54,6 +54,12 @@ def test_lines_where_output_is_no_terminal():
     assert lines[0].startswith('spots: ') and lines[-1].startswith('sections: 1 of 2, ') and lines[-1].endswith(' left')
     assert len(lines) <= 4 and '\r' not in p.stderr and p.stderr.isascii()
 
+def test_asked_for_no_bars(monkeypatch):
+    monkeypatch.setenv('TQDM_DISABLE', '1')
+    assert screen(in_terminal(program(first=.1))) == ['one is done', '']
+    p = subprocess.run(program(first=.1, every=.2), capture_output=True, text=True)
+    assert (p.returncode, p.stdout, p.stderr) == (0, 'one is done\n', '')
+
 def test_a_bar_in_a_terminal():
     said = in_terminal(program(first=.1))
     assert 'spots:' in said and 'sections:  50%|' in said and '1/2 [' in said
