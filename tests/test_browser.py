@@ -239,10 +239,10 @@ def test_attention_explorer_answers_a_tap(explore):
     assert titles(explore)[0].split(',')[0] == tapped.split(',')[0]                       # still the tapped spot
 
 def test_resolution_slider_moves(explore):
-    assert titles(explore)[1].endswith('measured')
+    assert titles(explore)[1].endswith(': HisToGene')
     handle = inside(explore, '.noUi-handle')[0]
     explore.execute_script('arguments[0].scrollIntoView({block: "center"})', handle)
     handle.send_keys(Keys.END)                                                           # to the finest; a drag would miss a page that is still moving
-    until(explore, lambda b: titles(b)[1].endswith('truth'))
+    until(explore, lambda b: titles(b)[1].endswith(': HisToGene_SR'))
     shown = explore.execute_script("return Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.type == 'GlyphRenderer' && ['Rect', 'Circle'].includes(m.glyph.type) && m.visible).length")
     assert shown == 2*2 + 2*1                                                            # spots and target of each explorer; one level of each slider

@@ -18,7 +18,7 @@ def test_nothing_missing(site): assert check_site(site) == []
 def test_page(site, path):
     "Each notebook has a page with its title, as many figures as it saved, and each formula of its text and docstrings set."
     html = (site/page_of(path)).read_text(encoding='utf-8')
-    page, text = read_page((site/page_of(path)).resolve()), '\n'.join(c['source'] for c in cells(path, 'markdown'))
+    page, text = read_page(site/page_of(path)), '\n'.join(c['source'] for c in cells(path, 'markdown'))
     assert re.search(r'^# (.+)', text, re.M)[1].replace('`', '') in page.title
     hidden = re.compile(r'^#\| *(hide\b|output: *false|include: *false)', re.M)
     pictures = sum(any(k.startswith('image/') for k in o.get('data', {})) and 'text/html' not in o['data']

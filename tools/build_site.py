@@ -238,7 +238,7 @@ def faults(site, pages, proc):
         page = site.pages.get(PurePosixPath(src))
         file = page and site.out/page.out
         if not file or not file.is_file(): found.append(f'{src}: there is no page of it'); continue
-        shown, want = read_page(file.resolve()).figures, figures(proc/src)
+        shown, want = read_page(file).figures, figures(proc/src)
         if shown < want: found.append(f'{src}: has {want} figures, its page {shown}')
         if formula.search(file.read_text(encoding='utf-8')): found.append(f'{src}: a formula was not set')
     return found

@@ -52,9 +52,11 @@ class Page(HTMLParser):
 
 
 @cache
+def parsed(html): return Page(html)
+
 def read_page(file):
-    "A page as it was when it was first asked for"
-    return Page(file.read_text(encoding='utf-8'))
+    "A page; what was parsed before is not parsed again"
+    return parsed(file.read_text(encoding='utf-8'))
 
 def css_urls(css): return [a or b for a, b in css_url.findall(css)]
 
