@@ -5,7 +5,7 @@ import anndata as ad, numpy as np, pandas as pd, pytest
 from anndata import AnnData
 from PIL import Image
 from scipy import sparse
-from conftest import needs_counts
+from conftest import needs_images
 from histogene_nb.crossval import cross_validate
 from histogene_nb.expression import common_genes, normalize, read_panel
 from histogene_nb.files import InputError, look_for
@@ -420,12 +420,11 @@ def test_text_and_sections_in_the_place_of_lists(section):
 
 SHARED = Path(os.environ.get('HISTOGENE_DATA', '.'))
 
-@needs_counts
+@needs_images
 @pytest.mark.parametrize('name,where,image,spots,genes,wide', [
     ('MOB_Rep1', 'mob', None, 267, 16573, 29), ('MOB_Rep2', 'mob', None, 280, 15981, 29),
     ('A1', 'her2st', 'reduced/A1_HE_image_dark.png', 346, 15045, 32), ('A2', 'her2st', 'reduced/A2_HE_image_dark.png', 325, 15526, 32)])
 def test_real_sections(name, where, image, spots, genes, wide):
-    if not (SHARED/where/(image or 'ST-imgs')).exists(): pytest.skip('needs the real sections')
     from histogene_nb.matching import count_on_tissue
     s = count_on_tissue(read_section(SHARED/where/name, image=image and SHARED/where/image))
     assert s.shape == (spots, genes) and abs(place(s).diameter - wide) < 1.5

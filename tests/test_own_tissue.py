@@ -1,5 +1,5 @@
 "People's own sections, as they really come: which image is meant, pixels of every kind, Visium folders of all ages; what is read is right, the rest is refused in words"
-import gzip, io, json, os, shutil
+import gzip, io, json, os, shutil, zlib
 from pathlib import Path
 import imagecodecs, numpy as np, pandas as pd, pytest, tifffile
 from PIL import Image
@@ -389,8 +389,9 @@ def test_a_file_too_small_for_what_it_claims(tmp_path):
     refused('its header says 20000 x 20000 pixels, but its 3. kB cannot hold', open_image(tmp_path/'he.jpg').__enter__)
     png = bytearray(imagecodecs.png_encode(np.zeros((8, 8, 3), np.uint8)))
     png[16:24] = (15_000).to_bytes(4, 'big')*2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, 'big')                       # or the checksum would be what is wrong
     (tmp_path/'he.png').write_bytes(png)
-    with pytest.raises(InputError): open_image(tmp_path/'he.png').__enter__()
+    refused('its header says 15000 x 15000 pixels', open_image(tmp_path/'he.png').__enter__)
     Image.new('RGB', (9000, 9000), 'white').save(tmp_path/'plain.jpg', quality=1)             # of one colour, and honest
     with open_image(tmp_path/'plain.jpg') as im: assert im.size == (9000, 9000)
 

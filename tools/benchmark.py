@@ -286,6 +286,8 @@ def measure(step):
 
 def main(names):
     global cache
+    if unknown := set(names) - {*STEPS, *(p for parts in STEPS.values() for p in parts)}:
+        sys.exit(f'There is no step {", ".join(sorted(unknown))}; there is {", ".join(STEPS)}.')
     todo = {s: [p for p in parts if s in names or p in names] for s,parts in STEPS.items()}
     with tempfile.TemporaryDirectory() as folder:
         os.environ['BENCHMARK_CACHE'] = cache = folder

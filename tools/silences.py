@@ -73,7 +73,7 @@ def served(folder):
 
 def commands(section, image, diameter, out):
     "What is run, in this order: a name and the words of its command"
-    small, tiny = ['--dim', 128, '--depth', 4, '--heads', 4], ['--n-top', 500, '--min-spots', 50]
+    small, tiny = ['--setting', 'dim=128', 'depth=4', 'heads=4'], ['--n-top', 500, '--min-spots', 50]
     yield 'demo', ['histogene_demo', '--out', out/'demo']
     yield 'train HisToGene, full size', ['histogene_train', section, '--out', out/'full', '--epochs', 2, *tiny]
     yield 'train HisToGene, small', ['histogene_train', section, '--out', out/'small', '--epochs', 3, *small, *tiny]
