@@ -2,7 +2,7 @@
 
 Where a system cannot fork safely, such a process is started anew. The first one waits for the imports, all others start at once.
 """
-import hashlib, inspect, multiprocessing, os, pickle, runpy, sys, tempfile
+import hashlib, inspect, multiprocessing, os, pickle, re, runpy, shlex, shutil, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +11,13 @@ context = multiprocessing.get_context('forkserver' if sys.platform == 'linux' el
 context.set_forkserver_preload([*(f'histogene_nb.{p.stem}' for p in sorted(library.glob('[!_]*.py'))), 'scanpy', 'sklearn.cluster', 'seaborn', 'torch._dynamo', 'execnb.shell'])
 
 def _child(work, args, folder, out, err, environment):
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     for n,file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), n)
     os.environ.update(environment)
     os.chdir(folder)
     work(*args)
 
-def run(work, *args, folder='.', environment={}, limit=3600):
+def run(work, *args, folder='.', environment={}, limit=3600, context=context):
     "Call `work(*args)` in `folder`: its exit code and what it printed, as returncode, out and err; None as the code if it hung for `limit` seconds"
     with tempfile.TemporaryDirectory() as logs:
         out, err = Path(logs)/'out', Path(logs)/'err'
@@ -52,14 +53,39 @@ def draw_once(store):
         return section
     tissue.synthetic_section = synthetic_section
 
-def notebook(path, store, marks=('eval:false', 'slow')):
-    "Run a notebook's cells in the current folder, but those with one of these marks; the first error ends it, with its cell"
+def typed(shell):
+    """What `!` does in a notebook: a command of this package runs in a process forked from the notebook's, anything else as ever.
+
+    It sees what the notebook sees, a pretended device too. A process that has computed on several threads cannot be forked"""
+    ordinary, fork = shell.system, multiprocessing.get_context('fork')
+    def system(lines):
+        for line in shell.var_expand(lines, depth=1).replace('\\\n', ' ').splitlines():
+            words = shlex.split(line)
+            path = words[0].startswith('histogene_') and shutil.which(words[0])
+            if not path: ordinary(line); continue
+            ran = run(script, path, *words[1:], context=fork)
+            print(ran.out + ran.err, end='')
+            shell.user_ns['_exit_code'] = ran.returncode
+            if ran.returncode: break
+    return system
+
+def cells_run(path, store, cells=None, painted=True, marks=('eval:false', 'slow')):
+    """Run a notebook's first `cells` cells, or all, in the current folder, but those with one of these marks; the number of each once it has run.
+
+    The first error ends it, with its cell. Figures that are not `painted` are made, but not turned into pictures"""
     draw_once(store)
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     shell, nb = CaptureShell(mpl_format='png'), read_nb(path)
-    for cell in nb.cells:
+    if sys.platform == 'linux': shell.system = typed(shell)
+    if not painted: shell.run('%config InlineBackend.figure_formats = set()')
+    for n,cell in enumerate(nb.cells[:cells], 1):
         flags = [l[2:].replace(' ', '') for l in cell.source.splitlines() if l.startswith('#|')]
         if cell.cell_type != 'code' or set(flags) & set(marks): continue
         outputs = shell.run(cell.source)
         if shell.exc: sys.exit(f'{cell.source}\n\n' + '\n'.join(''.join(o['traceback']) for o in outputs if o['output_type'] == 'error'))
+        yield n
+
+def notebook(path, store):
+    "Run a notebook in the current folder"
+    for _ in cells_run(path, store): pass

@@ -41,10 +41,12 @@ def on(x): return place(x) is True
 
 def tensors(*what):
     "Those in nested lists, tuples and dictionaries"
+    found = []
     for w in what:
-        if isinstance(w, torch.Tensor): yield w
-        elif isinstance(w, (list, tuple)): yield from tensors(*w)
-        elif isinstance(w, dict): yield from tensors(*w.values())
+        if isinstance(w, torch.Tensor): found.append(w)
+        elif isinstance(w, (list, tuple)): found += tensors(*w)
+        elif isinstance(w, dict): found += tensors(*w.values())
+    return found
 
 class Move(torch.autograd.Function):
     "A copy on the device or back from it; its gradient goes the other way"
@@ -80,7 +82,7 @@ class Pretended(TorchDispatchMode):
     def __init__(self, kind='cuda', capability=(8, 0), old=False):
         super().__init__()
         self.kind, self.capability, self.old = kind, tuple(capability), old        # old: as PyTorch 2.4
-        self.device, self.here, self.put = torch.device(kind, 0), torch.device('cpu'), 0
+        self.device, self.here, self.used = torch.device(kind, 0), torch.device('cpu'), 0
         self.seed(0)
         self.stack = ExitStack()
 
@@ -111,8 +113,9 @@ class Pretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        given = list(tensors(args, kwargs) if kwargs else tensors(args))
+        given = tensors(*args, kwargs)
         places = {place(t) for t in given}
+        self.used += True in places
         there = self.wanted(func, places, kwargs)
         if there is True and 'device' in kwargs: kwargs['device'] = self.here
         if places >= {True, False} and refused(func, args, given):
@@ -154,7 +157,7 @@ class Pretended(TorchDispatchMode):
         moves, layout = there != on(x), layout or torch.preserve_format
         x = Base.to(x, dtype or x.dtype, copy=copy and not moves, memory_format=layout)
         if not moves: return x
-        self.put += there
+        self.used += 1
         return Move.apply(self.known(x) if there else x, there)
 
     def settled(self, make):
@@ -171,7 +174,7 @@ class Pretended(TorchDispatchMode):
             x = make(*args, **kwargs)
             if device is None: return x
             if not (fresh and self.ours(device)): return self.to(x, device)
-            self.put += 1
+            self.used += 1
             return mark(self.known(x), True)
         return made
 
@@ -196,7 +199,7 @@ class Pretended(TorchDispatchMode):
         "An optimiser's tensors by device, which PyTorch takes for the processor's"
         def groups(*args, **kwargs):
             found = group(*args, **kwargs)
-            return {(next(tensors(g[0])).device, dtype): g for (_,dtype),g in found.items()}
+            return {(tensors(g[0])[0].device, dtype): g for (_,dtype),g in found.items()}
         return groups
 
     def methods(self):
@@ -257,12 +260,15 @@ def install(*args, **kwargs):
 
 # --- notebooks and commands
 
-def notebook(device, path, store):
-    "Run a notebook on a device, given as the arguments of `Pretended`"
+def notebook(device, path, store, cells=None):
+    """Run a notebook's first `cells` cells, or all, on a device, given as the arguments of `Pretended`. Figures are made, not painted.
+
+    It says which was the last cell to have anything on the device: from there on it is all one which device that was"""
     import forks
-    there = install(*device)
-    forks.notebook(path, store)
-    print(f'{there.put} tensors were put on it')
+    there, used, last = install(*device), 0, 0
+    for n in forks.cells_run(path, store, cells=cells, painted=False):
+        if there.used > used: used, last = there.used, n
+    print(f'last used in cell {last}')
 
 def command(device, store, *words):
     "Run a command of this package on a device; `store`, which keeps synthetic tissue, may be None"
