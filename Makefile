@@ -48,7 +48,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/histogene_demo --out histogene_demo
 
 # What a test writes is deleted once it has passed
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup -o tmp_path_retention_policy=failed
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -ra --durations=10 -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -o tmp_path_retention_policy=failed
 
 test: $(VENV)/.dev
 	$(PYTEST)

@@ -30,14 +30,19 @@ def on_devices(config):
 def pytest_ignore_collect(collection_path, config):
     if on_devices(config) == 'alone' and collection_path.name.startswith('test_') and collection_path.name != 'test_devices.py': return True
 
+def made_for_its_file(item):
+    "Whether a test uses what is made once for all tests of its file: these run in one process, or it would be made in each"
+    return any(f[-1].scope == 'module' for f in item._fixtureinfo.name2fixturedefs.values())
+
 def pytest_collection_modifyitems(config, items):
     devices, quick = on_devices(config), config.getoption('--quick')
     def left_out(item):
         on = item.get_closest_marker('devices') is not None
         return on and devices == 'not' or not on and devices == 'alone' or quick and item.module.__name__ in LONG
-    out = [i for i in items if left_out(i)]
-    config.hook.pytest_deselected(items=out)
-    items[:] = [i for i in items if i not in out]
+    config.hook.pytest_deselected(items=[i for i in items if left_out(i)])
+    items[:] = sorted((i for i in items if not left_out(i)), key=lambda i: (i.module.__name__ not in LONG, not made_for_its_file(i)))        # what is short comes last, and no process is left alone
+    for i in items:
+        if made_for_its_file(i) and not i.get_closest_marker('xdist_group'): i.add_marker(pytest.mark.xdist_group(i.module.__name__))
 
 def pytest_terminal_summary(terminalreporter, config):
     if on_devices(config) == 'not': terminalreporter.write_line('left out, and run by make devices: pages and commands on pretended devices')

@@ -11,12 +11,14 @@ layer_norm and softmax in 16 bits where a card's takes 32. It knows nothing of k
 """
 import argparse, shutil, sys, tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch, torch._dynamo                                           # imported before anything is replaced
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 Base, Optimizer, Tag = torch._C.TensorBase, torch.optim.Optimizer, torch.Tag
 MEMORY = {(7, 5): 15*2**30}                                           # of a T4; any other card has 40 GiB
@@ -75,6 +77,15 @@ def refused(func, args, given):
     if not places: return in_place(func) and not on(args[0])
     return places != {True}                                           # a number of the processor is welcome
 
+CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+
+def in_32_bits(func, *args):
+    "What an operation of 16-bit tensors gives, which a processor may compute several times faster in 32 bits"
+    short = {x.dtype for x in tensors(args)} & {torch.bfloat16, torch.float16}
+    if not short: return func(*args)
+    out = func(*(x.float() if isinstance(x, torch.Tensor) else x for x in args))
+    return tree_map_only(torch.Tensor, lambda x: x.to(*short), out)
+
 # --- the device
 
 class Pretended(TorchDispatchMode):
@@ -121,7 +132,8 @@ class Pretended(TorchDispatchMode):
         if places >= {True, False} and refused(func, args, given):
             raise RuntimeError(SAME.format(self.device, func))
         random = there is True and Tag.nondeterministic_seeded in func.tags
-        out = self.draw(func, args, kwargs) if random else func(*args, **kwargs)
+        call = partial(self.draw if random else in_32_bits, func) if random or func in CONVOLUTIONS else func
+        out = call(*args, **kwargs)
         if there and func._schema.name not in ('aten::copy_', 'aten::set_'):       # what these change stays
             for t in tensors(out): mark(self.known(t) if there is True else t, there)
         return out
@@ -133,7 +145,7 @@ class Pretended(TorchDispatchMode):
 
     # random numbers
 
-    def draw(self, func, args, kwargs):
+    def draw(self, func, *args, **kwargs):
         kept = torch.get_rng_state()
         torch.set_rng_state(self.random)
         try: return func(*args, **kwargs)
