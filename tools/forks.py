@@ -76,9 +76,10 @@ def cells_run(path, store, cells=None, painted=True, marks=('eval:false', 'slow'
     draw_once(store)
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
     shell, nb = CaptureShell(mpl_format='png'), read_nb(path)
     if sys.platform == 'linux': shell.system = typed(shell)
-    if not painted: shell.run('%config InlineBackend.figure_formats = set()')
+    set_matplotlib_formats(*['png']*painted, bbox_inches=None, dpi=20)                # small, as nobody looks at them
     for n,cell in enumerate(nb.cells[:cells], 1):
         flags = [l[2:].replace(' ', '') for l in cell.source.splitlines() if l.startswith('#|')]
         if cell.cell_type != 'code' or set(flags) & set(marks): continue
