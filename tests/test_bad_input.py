@@ -471,38 +471,28 @@ def test_nothing_to_train_on(made): refused('There is no section to train on', f
 
 def test_no_section_a_step(made): refused('batch, the sections a step, is 1 or more', fit, fresh(made), examples(made), batch=0, progress=False)
 
-RUN = """import sys, torch
-from pathlib import Path
-from histogene_nb.readers import read_section
-from histogene_nb.interface import save_pretrained
-from histogene_nb.model import HisToGene
-folder, out, checkpoint = (Path(a) for a in sys.argv[1:4])
-sections = [read_section(str(folder/f'{n}.h5ad')) for n in ('X1', 'Y1')]
-genes = list(sections[0].var_names[:30])
-torch.set_num_threads(1)
-model, losses = HisToGene.train_on(sections, genes, epochs=int(sys.argv[4]), lr=1e-3, device='cpu', checkpoint=checkpoint if str(checkpoint) != '-' else None, every=0, dim=16, depth=1, heads=2)
-save_pretrained(model, out)
-print(losses)
-"""
-
-def ran(*words):
-    sys.argv = ['-c', *map(str, words)]
-    exec(RUN, {})
+def train(folder, out, checkpoint, epochs):
+    sections = [read_section(str(folder/f'{n}.h5ad')) for n in ('X1', 'Y1')]
+    genes = list(sections[0].var_names[:30])
+    torch.set_num_threads(1)
+    model, losses = HisToGene.train_on(sections, genes, epochs=epochs, lr=1e-3, device='cpu', checkpoint=checkpoint, every=0, **TINY)
+    save_pretrained(model, out)
+    print(losses)
 
 def test_killed_training_goes_on_as_if_it_had_not_been(made, tmp_path):
-    def words(out, checkpoint, epochs): return [made['folder'], tmp_path/out, checkpoint, str(epochs)]
-    def finished(*args):
-        done = forks.run(ran, *words(*args), environment=threads)
+    def finished(out, *args):
+        done = forks.run(train, made['folder'], tmp_path/out, *args)
         assert done.returncode == 0, done.err
         return done.out
-    file, threads = tmp_path/'training.safetensors', {'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1'}
-    process = subprocess.Popen([sys.executable, '-c', RUN, *words('never', file, 100_000)], env={**os.environ, **threads}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = tmp_path/'training.safetensors'
+    process = forks.context.Process(target=train, args=(made['folder'], tmp_path/'never', file, 100_000))
+    process.start()
     try:
-        wait_for(lambda: file.exists() or process.poll() is not None)
-    finally: process.kill(); process.wait()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path/'never').exists()
+        wait_for(lambda: file.exists() or not process.is_alive())
+    finally: process.kill(); process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path/'never').exists()
     with safe_open(file, 'pt') as f: done = len(json.loads(f.metadata()['state'])['losses'])
-    resumed, whole = finished('resumed', file, done + 2), finished('whole', '-', done + 2)
+    resumed, whole = finished('resumed', file, done + 2), finished('whole', None, done + 2)
     assert resumed == whole != ''
     a, b = (load_file(tmp_path/o/'model.safetensors') for o in ('resumed', 'whole'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -639,18 +629,20 @@ def test_model_is_still_itself_after_a_failed_save(made, other_model, saved, mon
         refused('model.safetensors.*No space left', save_pretrained, other_model, saved)
     assert state(saved) == before and from_pretrained(saved).about['genes'] == made['panel']
 
+def saved_within_a_limit(folder, out):
+    import resource
+    section, model = read_section(folder/'X1.h5ad'), from_pretrained(folder/'model')
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    for save in (lambda: save_pretrained(model, out), lambda: write_h5ad(section, out/'s.h5ad')):
+        try: save()
+        except InputError as e: print('refused', e)
+
 def test_limit_on_the_size_of_files(made, tmp_path):
     "What a quota does: the write itself fails, in another process"
-    resource = pytest.importorskip('resource')
-    code = ('import sys, resource, signal; from histogene_nb.folds import write_h5ad; from histogene_nb.readers import read_section; from histogene_nb.interface import *; from histogene_nb.sections import InputError\n'
-            'section, model = read_section(sys.argv[1]), from_pretrained(sys.argv[2])\n'
-            'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n'
-            'for save in (lambda: save_pretrained(model, sys.argv[3]), lambda: write_h5ad(section, sys.argv[3] + "/s.h5ad")):\n'
-            '    try: save()\n'
-            '    except InputError as e: print("refused", e)\n')
+    pytest.importorskip('resource')
     out = tmp_path/'out'
-    r = subprocess.run([sys.executable, '-c', code, made['folder']/'X1.h5ad', made['folder']/'model', out], capture_output=True, text=True)
-    assert r.stdout.count('refused') == 2 and f'{out/"model.safetensors"}: cannot' in r.stdout and f'{out/"s.h5ad"}: cannot' in r.stdout, r.stdout
+    r = forks.run(saved_within_a_limit, made['folder'], out)
+    assert r.out.count('refused') == 2 and f'{out/"model.safetensors"}: cannot' in r.out and f'{out/"s.h5ad"}: cannot' in r.out, r.out
     assert not [p for p in out.rglob('*') if p.is_file()]
 
 @pytest.mark.parametrize('what', ['model', 'h5ad', 'report'])

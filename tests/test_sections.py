@@ -5,6 +5,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+import forks
 from conftest import WANTS
 from histogene_nb import her2st
 from histogene_nb.files import InputError, data_folder, whole_file
@@ -395,11 +396,10 @@ def test_download_tries_again(site, get):
 
 def test_download_killed_and_restarted(site, get, tmp_path):
     site.faults[IMAGE] = 'stall'
-    code = ('import sys; from histogene_nb.her2st import download_her2st; '
-            f'download_her2st({str(tmp_path/"got")!r}, base_url={site.url!r}, hashes={site.hashes!r}, retries=0, progress=False)')
-    process = subprocess.Popen([sys.executable, '-c', code])
+    process = forks.context.Process(target=download_her2st, args=(str(tmp_path/'got'),), kwargs=dict(base_url=site.url, hashes=site.hashes, retries=0, progress=False))
+    process.start()
     try: assert site.stalled.wait(60)
-    finally: process.kill(); process.wait()
+    finally: process.kill(); process.join()
     assert not (tmp_path/'got'/IMAGE).exists()
     site.faults.clear(); site.asked.clear()
     assert set(there(get())) >= set(site.hashes) and site.asked == [f'/data/{IMAGE}']
