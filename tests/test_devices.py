@@ -176,10 +176,16 @@ def store(tmp_path_factory):
     return (shared.parent if 'PYTEST_XDIST_WORKER' in os.environ else shared)/'tissue'
 
 def may_use_a_device(path):
-    "Whether a page's code, or a module that it comes to import, has the word; the module `devices` itself does nothing unless it is asked"
+    "Whether a page's code, or a module that it comes to import, speaks of devices; the module `devices` itself does nothing unless it is asked"
     code = '\n'.join(c['source'] for c in cells(path) if 'eval: false' not in c['source'])
     modules = [library/f'{m}.py' for m in modules_used(code) if m != 'devices']
-    return any('device' in text for text in (code, *(m.read_text(encoding='utf-8') for m in modules)))
+    return any(re.search(r'device|cuda|\bmps\b', text) for text in (code, *(m.read_text(encoding='utf-8') for m in modules)))
+
+@pytest.mark.parametrize('code, may', [('import torch\ntorch.ones(2)', False), ('from histogene_nb.patches import extract_patches', False), ('torch.ones(2).cuda()', True),
+                                       ('model.to(default_device())', True), ('from histogene_nb.superres import predict_superres', True)])
+def test_pages_that_may_use_a_device(tmp_path, code, may):
+    (tmp_path/'page.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[code])])), encoding='utf-8')
+    assert may_use_a_device(tmp_path/'page.ipynb') == may
 
 PAGES = [p for p in notebooks() if (exports(p) or p.stem in ('index', 'tour') or p.stem.endswith('_solutions')) and may_use_a_device(p)]
 
