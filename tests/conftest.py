@@ -34,6 +34,7 @@ def made_for_its_file(item):
     "Whether a test uses what is made once for all tests of its file: these run in one process, or it would be made in each"
     return any(f[-1].scope == 'module' for f in item._fixtureinfo.name2fixturedefs.values())
 
+@pytest.hookimpl(tryfirst=True)                                    # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config, items):
     devices, quick = on_devices(config), config.getoption('--quick')
     def left_out(item):
