@@ -195,15 +195,16 @@ def _model_folder(out, goes_on):
 # %% ../nbs/runs/commands.ipynb #422167f1
 def _check_training(training, more, max_spots, trust_folds):
     "`InputError` where what a training is given does not go together"
-    from histogene_nb.interface import _check_folds
-    if trust_folds: _check_folds(trust_folds, training)
+    if trust_folds:
+        from histogene_nb.interface import _check_folds
+        _check_folds(trust_folds, training)
     if max_spots is not None and max_spots < 1:
         raise InputError(f'max_spots, of a section, is a number from 1, not {max_spots}.')
     seen = [os.path.realpath(t['path']) for t in training]
     for a in more:
         if (path := os.path.realpath(a['path'])) in seen: raise InputError(
-            f'{a["path"]} is given to --array-from, and is trained on or given there twice. Its counts teach the '
-            'array once: leave it out there.')
+            f'{a["path"]} is given to --array-from, and is trained on or given there twice. '
+            'Its counts teach the array once: leave it out there.')
         seen.append(path)
 
 def _some(section, most, seed):
@@ -256,7 +257,8 @@ def histogene_train(
     trust_folds:int=0, # Learn which genes to believe by this many more trainings, each without some sections
 ):
     "Train a model on sections and save it"
-    start, out, command = time.perf_counter(), Path(out), _command('histogene_train', *(g for g in (sections, samples) if g))
+    start, out = time.perf_counter(), Path(out)
+    command = _command('histogene_train', *(g for g in (sections, samples) if g))
     given = dict(epochs=epochs, lr=lr, pixels=pixels, precision=precision, batch=batch, array_from=array_from)
     given = {k: v for k,v in given.items() if v is not None} | _named(setting)
     training, more = _given(sections, samples, root), _given(array_from, None, root) if array_from else []
@@ -456,7 +458,7 @@ def histogene_predict(
         except InputError as e:
             if not samples: raise
             failed[file.stem] = e                # the other sections of the table are predicted all the same
-            print(f'{file.stem}: NOT PREDICTED. {e}')
+            print(f'{file.stem}: failed. {e}')
         start = time.perf_counter()
     if failed: raise InputError(f'{len(failed)} of {len(todo)} sections failed: '
                                 + ' '.join(f'{k}: {e}' for k,e in failed.items()))

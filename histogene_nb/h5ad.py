@@ -261,7 +261,8 @@ def _kept(section):
 
 def _on_visium(section):
     "Whether a section says that it was measured on Visium's hexagons"
-    told = [place(section).metadata.get('chemistry_description'), *section.obs.get('assay', pd.Series(dtype=str)).unique()]
+    assays = section.obs['assay'].unique() if 'assay' in section.obs else []
+    told = [place(section).metadata.get('chemistry_description'), *assays]
     hexagons = section.obs[['array_row', 'array_col']].sum(axis=1).mod(2).nunique() == 1
     return hexagons and any(w in str(t) for t in told for w in ('Visium', 'Spatial 3'))
 

@@ -262,6 +262,7 @@ def learned(
 )->str: # one line
     "What a training came to, beside each gene's mean, and what to do where that is better"
     how, n = model.known('training'), len(model.known('sections'))
+    if 'error' not in how: return f'{model.name}: how well it learned is not known'
     error, mean = how['error'], how['mean_error']
     text = (f"{model.name}: mean squared error {error:.3g} on its {n} training section{'s'*(n > 1)}, "
             f"where each gene's mean has {mean:.3g}")

@@ -219,7 +219,8 @@ def _scanned(picture):
     around = picture[(away > step) & (away <= 4*step)]
     glass = np.median(around, 0) if len(around) else np.full(3, 255)
     even = len(around) and (np.abs(around - glass) < 10).all(-1).mean() > .5
-    return np.minimum(picture, glass).astype(np.uint8) if even and 200 < glass.min() and glass.max() < 250 else picture
+    if not even or glass.min() <= 200 or glass.max() >= 250: return picture
+    return np.minimum(picture, glass).astype(np.uint8)
 
 # %% ../nbs/idea/patches.ipynb #18c41025
 def tissue_mask(

@@ -152,6 +152,7 @@ def test_a_training_is_not_lost_for_a_comparison(made, monkeypatch, capsys):
     monkeypatch.setattr('histogene_nb.interface.run_model', ends)
     model, losses = HisToGene.train_on(made[1][:1], made[2], **TINY)
     assert len(losses) == 2 and 'HisToGene is trained, but how well it learned cannot be told: There is no memory.' in capsys.readouterr().out
+    assert learned(model) == 'HisToGene: how well it learned is not known'
 
 def test_some_thousand_places_tell_how_well_a_model_learned(made, monkeypatch):
     "Where each is predicted on its own: a pass over a large section in full precision would cost as much as an epoch"
@@ -220,7 +221,7 @@ def test_a_released_checkpoint_with_a_layer_far_away():
     from histogene_nb.model import _released_name
     weights = {_released_name(k): v for k,v in HisToGene(2, 4, 4, 64, 1, 1, pixels='raw', order='released').state_dict().items()}
     weights['vit.transformer.layers.99999999999999999999.0.norm.weight'] = weights['gene_head.0.weight']
-    with pytest.raises(InputError, match='far larger'): load_released(weights)
+    with pytest.raises(InputError, match='This released HisToGene checkpoint is damaged .*far larger'): load_released(weights)
 
 def test_models_are_made_as_before_outside_of_a_file():
     with pytest.raises(ValueError, match='far larger'), no_larger_than({}): nn.Linear(10_000, 10_000)

@@ -286,7 +286,7 @@ def test_one_bad_section_of_many(table, model, files, tmp_path):
     write_h5ad(section, tmp_path/'other.h5ad')
     file = table('path,name', 'own.h5ad,one', 'other.h5ad,bad', 'own.h5ad,two')
     done, = run_all(['histogene_predict', model, '--samples', file, '--out', tmp_path/'predicted'])
-    assert done.returncode == 1 and 'bad: NOT PREDICTED' in done.out and re.fullmatch(r"histogene_predict: 1 of 3 sections failed: bad: .*none of the model's \d+ genes.*\n", done.err)
+    assert done.returncode == 1 and 'bad: failed. ' in done.out and re.fullmatch(r"histogene_predict: 1 of 3 sections failed: bad: .*none of the model's \d+ genes.*\n", done.err)
     assert sorted(p.name for p in (tmp_path/'predicted').iterdir()) == [f'{n}.{kind}' for n in ('one', 'two') for kind in ('csv', 'h5ad', 'json')]
 
 def test_model_is_saved_before_which_genes_to_believe(files, tmp_path, monkeypatch):

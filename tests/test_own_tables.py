@@ -484,6 +484,10 @@ def test_genes_that_are_named_otherwise(section):
     assert 'The panel has Ensembl ids, the section symbols, such as Actb' in refused('none of', normalize, section, ['ENSMUSG00000029580', 'ENSMUSG00000041607'])
     section.var_names = [f'ENSMUSG{i:011}' for i in range(3)]
     assert 'The panel has symbols, the section Ensembl ids' in refused('none of', normalize, section, ['Actb', 'Mbp'])
+    section.var['gene_ids'] = section.var_names                                  # that are no symbols
+    assert refused('none of', normalize, section, ['Actb', 'Mbp']).endswith('Give the panel as Ensembl ids.')
+    section.var['feature_name'] = [f'S{i}' for i in range(section.n_vars)]
+    assert refused('none of', normalize, section, ['Actb', 'Mbp']).endswith("Its symbols are in section.var['feature_name']: make them its names (section.var_names).")
     section.var['feature_name'] = ['Actb', 'Mbp', 'Gapdh']
     assert "section.var['feature_name']" in refused('none of', normalize, section, ['Actb', 'Mbp'])
 
