@@ -11,18 +11,13 @@ from histogene_nb.expression import normalize, read_panel, select_panel
 from histogene_nb.files import data_folder
 from histogene_nb.folds import provenance
 from histogene_nb.fold_tables import map_section, read_tables
-from histogene_nb.her2st import her2st_catalogue, read_her2st, released_sections
+from histogene_nb.her2st import _step, her2st_catalogue, read_her2st, released_sections
 
 start, results = time.perf_counter(), Path(histogene_nb.__file__).parent/'results'
 catalogue, published = her2st_catalogue(), read_panel(data_folder().parent/'reference'/'published_panel_785.csv')
 sections = {n: read_her2st(data_folder(), n, verbose=False) for n in catalogue.index}
 
-def grid_pitch(section):
-    grid = np.column_stack([section.obs[['array_col', 'array_row']], np.ones(section.n_obs)])
-    fit = np.linalg.lstsq(grid, section.obsm['spatial'], rcond=None)[0]
-    return np.sqrt(abs(np.linalg.det(fit[:2])))
-
-spots = pd.DataFrame.from_dict({n: dict(spots=s.n_obs, largest_x=int(s.obs.array_col.max()), largest_y=int(s.obs.array_row.max()), pitch_px=round(float(grid_pitch(s)), 2),
+spots = pd.DataFrame.from_dict({n: dict(spots=s.n_obs, largest_x=int(s.obs.array_col.max()), largest_y=int(s.obs.array_row.max()), pitch_px=round(float(_step(s.obsm['spatial'], s.obs)), 2),
                               **{f'spots with {k} genes': int(((s.X > 0).sum(1) >= k).sum()) for k in (500, 800, 1000)}) for n,s in sections.items()}, orient='index')
 spots.rename_axis('section').assign(released=spots.index.isin(released_sections())).to_csv(results/'counted_sections.csv')
 

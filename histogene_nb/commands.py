@@ -7,7 +7,7 @@ __all__ = ['SYNTHETIC', 'histogene_train', 'histogene_predict', 'histogene_plot'
            'histogene_reproduce', 'histogene_download', 'histogene_demo']
 
 # %% ../nbs/runs/commands.ipynb #75af066c
-import ast, csv, functools, inspect, io, json, os, re, shlex, sys, time
+import ast, csv, functools, inspect, io, json, os, random, re, shlex, sys, time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,9 @@ def _sample(file, where, row):
     if more: raise InputError(f'{where}: there are more cells than columns. Quote what has commas in it.')
     if 'path' not in row: raise InputError(f'{where}: there is no path. Give the section one.')
     beside = file.parent/row['path']
-    if beside.exists() or beside.suffix or len(Path(row['path']).parts) > 1: row['path'] = str(beside)
+    own = row['path'] != beside.name                   # ./C3 is a path, where C3 may be a published section
+    if own or beside.exists() or beside.suffix:
+        row['path'] = os.path.join('.'*(own and str(beside) == beside.name), beside)
     if 'image' in row:
         row['image'] = str(file.parent/row['image'])
         if not Path(row['image']).is_file():
@@ -62,23 +64,19 @@ def _given(sections, samples, root):
     for f in found: look_for(f['path'], root)
     return found
 
-def _patient(section):
-    "Whose tissue a section is; '' where that is not said"
-    said = section.obs['patient'].dropna().unique() if 'patient' in section.obs else []
-    return str(said[0]) if len(said) == 1 else str(section.uns['histogene'].get('patient', ''))
-
 def _read(given, root, verbose=True):
     "A section, called and measured as its table says"
     from histogene_nb.readers import read_section
     from histogene_nb.sections import place, section_name
-    section = read_section(given['path'], given.get('image'), root, verbose)
-    old, patient = section_name(section), given.get('patient') or _patient(section)
-    name, width = given.get('name', old), given.get('spot_width', place(section).diameter)
+    section = read_section(given['path'], given.get('image'), root, verbose, given.get('patient'))
+    old, was, h = section_name(section), place(section).diameter, section.uns['histogene']
+    name, width = given.get('name', old), given.get('spot_width', was)
     if verbose and (name != old or 'spot_width' in given):
         print(f'{old} is called {name}; a spot is {width:g} pixels wide')
     section.uns['spatial'] = {name: section.uns['spatial'][old]}
     place(section).scalefactors['spot_diameter_fullres'] = width
-    section.uns['histogene'].update(section=name, patient=patient)
+    h['section'] = name
+    if 'spot_um' in h: h['spot_um'] *= width/was
     return section
 
 # %% ../nbs/runs/commands.ipynb #717d93b5
@@ -194,6 +192,38 @@ def _model_folder(out, goes_on):
         raise InputError(f'{out}: this folder cannot be made ({e.strerror}). '
                          'Choose another with --out.') from e
 
+# %% ../nbs/runs/commands.ipynb #422167f1
+def _check_training(training, more, max_spots, trust_folds):
+    "`InputError` where what a training is given does not go together"
+    if trust_folds:
+        from histogene_nb.interface import _check_folds
+        _check_folds(trust_folds, training)
+    if max_spots is not None and max_spots < 1:
+        raise InputError(f'max_spots, of a section, is a number from 1, not {max_spots}.')
+    seen = [os.path.realpath(t['path']) for t in training]
+    for a in more:
+        if (path := os.path.realpath(a['path'])) in seen: raise InputError(
+            f'{a["path"]} is given to --array-from, and is trained on or given there twice. '
+            'Its counts teach the array once: leave it out there.')
+        seen.append(path)
+
+def _some(section, most, seed):
+    "A section, or as many of its spots as are wanted, drawn by a seed"
+    n = section.n_obs
+    if not most or n <= most: return section
+    return section[sorted(random.Random(seed).sample(range(n), most))].copy()
+
+def _believe(net, data, folds, out, device, file, cache, settings):
+    "Learn which genes to believe of a saved model, and save that too"
+    from histogene_nb.devices import processes
+    from histogene_nb.interface import gene_trust, save_pretrained, trust_summary
+    try: gene_trust(net, data, folds, device, file, cache, **settings)
+    except InputError as e: raise InputError(
+        f'{e} The model itself is trained, and in {out}; which of its genes to believe is not known.') from e
+    if processes()[0]: return
+    save_pretrained(net, out)
+    print(trust_summary(net))
+
 # %% ../nbs/runs/commands.ipynb #bcc0f6ce
 @call_parse
 @_shell
@@ -223,40 +253,41 @@ def histogene_train(
         'Other settings of the model, such as dim=512 depth=4; an unknown one is answered with a list',
         opt=True, nargs='+', action='extend')=None,
     cache:str=None, # Folder that keeps patches, which several processes then share (default: none)
+    max_spots:int=None, # Train on at most this many spots of a section, drawn by the seed (default: all)
     trust_folds:int=0, # Learn which genes to believe by this many more trainings, each without some sections
 ):
     "Train a model on sections and save it"
-    start, out, command = time.perf_counter(), Path(out), _command('histogene_train', sections or samples)
+    start, out = time.perf_counter(), Path(out)
+    command = _command('histogene_train', *(g for g in (sections, samples) if g))
     given = dict(epochs=epochs, lr=lr, pixels=pixels, precision=precision, batch=batch, array_from=array_from)
     given = {k: v for k,v in given.items() if v is not None} | _named(setting)
     training, more = _given(sections, samples, root), _given(array_from, None, root) if array_from else []
-    for a in more:
-        if a in training: raise InputError(
-            f'{a["path"]} is both trained on and given to --array-from. Its counts teach the array already: '
-            'leave it out there.')
+    _check_training(training, more, max_spots, trust_folds)
     _model_folder(out, _check_settings(model, given))
     data = [_read(s, root) for s in training]
     from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
-    from histogene_nb.interface import learned, model_class, save_pretrained, trust_summary
+    from histogene_nb.interface import learned, model_class, save_pretrained
     from histogene_nb.devices import default_device, device_name, precision_on, processes
     rank, world = processes(device)  # before the first use of a card
     chosen, kind = default_device(device), model_class(model)
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
+    data = [_some(s, max_spots, seed) for s in data]
     layers = f" in {precision_on(chosen, precision or 'auto')}" if kind.rounds else ''
     print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, '
           f'on {chosen} ({device_name(chosen)}){layers}')
     if more: given['array_from'] = [_read(s, root) for s in more]
-    net, losses = kind.train_on(data, genes, normalization, seed, device, out/'training.safetensors', cache,
-                                trust_folds, **given)
+    file = out/'training.safetensors'
+    net, losses = kind.train_on(data, genes, normalization, seed, device, file, cache, **given)
     net.about['training']['losses'] = [round(l, 5) for l in losses]
     net.about['provenance'] = provenance(command, start, device, processes=world)
+    if rank == 0: save_pretrained(net, out)  # now, whatever becomes of the rest
+    if trust_folds: _believe(net, data, trust_folds, out, device, file, cache, given)
     if rank > 0: return
-    save_pretrained(net, out)
-    for f in (out/'training.safetensors', *out.glob('without_*.training.safetensors')): f.unlink(missing_ok=True)
+    for f in (file, *out.glob('without_*.training.safetensors')): f.unlink(missing_ok=True)
     how_well = net.about['training']
-    if how_well['error'] < how_well['mean_error']: print(learned(net))  # else train_on has said it
-    if trust_folds: print(trust_summary(net))
+    if 'error' in how_well and how_well['error'] < how_well['mean_error']:
+        print(learned(net))  # else train_on has said it
     change = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
     print(f'{change} in {time.perf_counter() - start:.0f} s; model in {out}')
 
@@ -307,12 +338,11 @@ def _outputs(given, section, samples, out):
 # %% ../nbs/runs/commands.ipynb #f7793dec
 def _predict_image(net, image, spot_diameter, spot_um, superres, device, cache, tile, precision):
     "An image's prediction, and nothing to compare it with"
-    from histogene_nb.images import image_mpp
     from histogene_nb.superres import predict_image
-    mpp = image_mpp(image)
     predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um, precision)
-    d = predicted.uns['histogene']['patch_diameter']
-    print(f'1 spot = {d:g} pixels' + (f' = {d*mpp:g} micrometres' if mpp else ''))
+    h = predicted.uns['histogene']
+    um = f" = {h['spot_um']:g} micrometres" if 'spot_um' in h else ''
+    print(f"1 spot = {h['patch_diameter']:g} pixels{um}")
     return predicted, None
 
 def _say_array(net, section, path):
@@ -364,8 +394,8 @@ def _write_prediction(predicted, compare, out, net, command, start, device, prec
           f'({"patches" if "patch_diameter" in predicted.uns["histogene"] else "spots"} x genes) in {out}')
     print(trust_summary(net))
     for method,r in results.items():
-        print(f"{method} at the {r['n_genes']} genes measured: mean r {r['mean_r']:.3f}, "
-              f"median {r['median_r']:.3f}, {r['n_genes'] - r['n_ok']} without r")
+        rs = f"mean r {r['mean_r']:.3f}, median {r['median_r']:.3f}, " if r['n_ok'] else ''
+        print(f"{method} at the {r['n_genes']} genes measured: {rs}{r['n_genes'] - r['n_ok']} without r")
 
 def _write_files(predicted, table, results, out, net, command, start, device, precision, **more):
     "All files of a prediction; an earlier one's table goes where this one has none"
@@ -374,7 +404,7 @@ def _write_files(predicted, table, results, out, net, command, start, device, pr
     beside = out.with_suffix('.csv')
     if table is None: beside.unlink(missing_ok=True)
     else:
-        with whole_file(beside) as part: table.round(6).to_csv(part)
+        with whole_file(beside) as part: table.round(6).to_csv(part, lineterminator='\n')
     predicted.uns['histogene']['command'] = command
     computed = precision_on(default_device(device), precision, net) if net.rounds else 'float32'
     trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'),
@@ -418,12 +448,20 @@ def histogene_predict(
     from histogene_nb.interface import from_pretrained
     net = from_pretrained(model, kind)
     how = dict(superres=superres, device=device, cache=cache, tile=tile, precision=precision)
+    failed = {}
     for given,file in zip(todo, files):
-        predicted, compare = (_predict_section(net, given, root, **how) if given
-                              else _predict_image(net, image, spot_diameter, spot_um, **how))
-        _write_prediction(predicted, compare, file, net, command, start, device, precision,
-                          section=given['path'] if given else str(image), superres=superres)
+        try:
+            predicted, compare = (_predict_section(net, given, root, **how) if given
+                                  else _predict_image(net, image, spot_diameter, spot_um, **how))
+            _write_prediction(predicted, compare, file, net, command, start, device, precision,
+                              section=given['path'] if given else str(image), superres=superres)
+        except InputError as e:
+            if not samples: raise
+            failed[file.stem] = e                # the other sections of the table are predicted all the same
+            print(f'{file.stem}: failed. {e}')
         start = time.perf_counter()
+    if failed: raise InputError(f'{len(failed)} of {len(todo)} sections failed: '
+                                + ' '.join(f'{k}: {e}' for k,e in failed.items()))
 
 # %% ../nbs/runs/commands.ipynb #504bbe74
 def _read_prediction(path):
@@ -441,23 +479,27 @@ def _told_apart(paths):
     return [s if stems.count(s) == 1 else Path(p).with_suffix('').as_posix() for s,p in zip(stems, paths)]
 
 def _to_draw(found, predictions, genes, section, root):
-    "Genes to draw, and what was measured of them, if anything"
+    "Genes to draw, of those that all predictions have, and what was measured of them, if anything"
     from histogene_nb.expression import normalize
     from histogene_nb.plots import genes_to_show
-    first, observed = found[0], None
-    shown = list(first.var_names)
+    first, observed, files = found[0], None, ' and '.join(map(str, predictions))
+    shown = [g for g in first.var_names if all(g in f.var_names for f in found)]
+    if not shown: raise InputError(f'{files}: these predictions have no gene in common. Draw them one by one.')
     if section is not None:
         measured = _read(dict(path=section), root)
         shown = [g for g in shown if g in measured.var_names]
         if not shown:
-            raise InputError(f"{section}: none of the {first.n_vars} predicted genes is in this section.")
+            raise InputError(f'{section}: none of the {first.n_vars} predicted genes is in this section. '
+                             'Give the section that was predicted.')
         observed = normalize(measured, shown, first.uns['histogene']['normalization'])
     for g in genes or ():
         for p,f in zip(predictions, found):
             if g not in f.var_names: raise InputError(
-                f'{p}: gene {g} is not among the {f.n_vars} predicted, such as {", ".join(f.var_names[:3])}.')
-        if g not in shown: raise InputError(f'{section}: gene {g} was not measured in this section.')
-    return genes or genes_to_show(found, observed), observed
+                f'{p}: gene {g} is not among the {f.n_vars} predicted, such as '
+                f'{", ".join(f.var_names[:3])}. Leave it out, or draw the other predictions without this one.')
+        if g not in shown: raise InputError(
+            f'{section}: gene {g} was not measured in this section. Leave it out, or draw without --section.')
+    return genes or genes_to_show([f[:, shown] for f in found], observed), observed
 
 # %% ../nbs/runs/commands.ipynb #e8bc09f9
 @call_parse
@@ -507,17 +549,16 @@ def reader(
 )->tuple: # a function from a name to its section; a table: index section, column patient, '' where it is not said
     "How to read the sections of a run"
     if list(sections or ()) == ['synthetic'] and not samples: return _synthetic(folder)
-    for s in set(sections or ()) - {'cscc'}: look_for(s, root)
+    if list(sections or ()) == ['cscc'] or not (sections or samples):
+        from histogene_nb.cscc import cscc_catalogue
+        from histogene_nb.her2st import released_sections
+        sections = list(cscc_catalogue().index) if sections else released_sections()
+    todo, known, rows = _given(sections, samples, root), {}, {}
     import pandas as pd
-    from histogene_nb.cscc import cscc_catalogue
-    from histogene_nb.her2st import released_sections
     from histogene_nb.sections import section_name
-    if list(sections or ()) == ['cscc']: sections = list(cscc_catalogue().index)
-    elif not (sections or samples): sections = released_sections()
-    known, rows = {}, {}
-    for given in _given(sections, samples, root):
+    for given in todo:
         s = _read(given, root, verbose=False)
-        name, patient = section_name(s), given.get('patient') or _patient(s)
+        name, patient = section_name(s), s.uns['histogene'].get('patient', '')
         if name in known: raise InputError(
             f"{given['path']} and {known[name]['path']} are both called {name}. Give each a name of its own: "
             'in the column name of a table (samples), by its folder, or by the key in uns of the .h5ad file.')
@@ -602,10 +643,6 @@ def histogene_reproduce(
     if by not in ('section', 'patient', 'both'):
         raise InputError(f'--by is section, patient or both, not {by}.')
     read, catalogue = reader(sections, root, out/'tissue', samples)
-    if by != 'section' and (unknown := list(catalogue.index[catalogue.patient == ''])): raise InputError(
-        f'--by {by}: it is not said whose tissue {", ".join(unknown)} is. '
-        'Give a column patient in a table (--samples), or in obs of the .h5ad file; '
-        'or leave out sections (--by section).')
     from histogene_nb.crossval import cross_validate, duration
     from histogene_nb.fold_tables import tables_made, write_tables
     from histogene_nb.methods import baselines, histogene, ridges, spot_model, texture_model

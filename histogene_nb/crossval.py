@@ -150,7 +150,7 @@ class _Progress:
         left = self.left([k for k in self.folds if k not in self.done])/at_once
         rest = f', about {duration(left)} left' if left >= 0 else ', time left not known yet'
         print(f'{fold.method}, {fold_name(fold.test)} left out, seed {fold.seed}: '
-              f'mean r {", ".join(f"{m} {r:.3f}" for m,r in mean.items())}; '
+              f'mean r {", ".join(f"{m} {r:.3f}" if r == r else f"{m} has none" for m,r in mean.items())}; '
               f"{duration(found['seconds'])}. {n} of {of} done{rest if n < of else ''}", flush=True)
 
 def _here(todo, late):

@@ -6,7 +6,7 @@
 __all__ = ['GEO_URL', 'cscc_catalogue', 'write_cscc', 'read_cscc', 'cscc_folder', 'download_cscc']
 
 # %% ../nbs/tissue/cscc.ipynb #748fa1bf
-import gzip, os, shutil, zlib
+import gzip, os, re, shutil, zlib
 from pathlib import Path
 import pandas as pd, pooch, requests
 from anndata import AnnData
@@ -14,7 +14,9 @@ from scipy import sparse
 from .files import InputError, whole_file
 from .progress import working
 from .her2st import find_file, join_counts
-from .sections import check_counts, new_section, place
+from .matching import count_on_tissue, image_notes
+from .position import note_um
+from .sections import check_counts, new_section, place, section_name
 
 # %% ../nbs/tissue/cscc.ipynb #d167c753
 def cscc_catalogue(
@@ -63,7 +65,8 @@ def read_cscc(
     root:str|Path, # folder with the files of the series, unpacked or not
     name:str, # section, such as 'P2_ST_rep1'
     spot_diameter:float=112., # in full-resolution pixels, as in the released code
-    verbose:bool=True, # print what the join of the files left out
+    verbose:bool=True, # print what was read and left out
+    image:str|Path|None=None, # its photograph, as large as it was or as small as its name says (P2_1_0.0625.jpg)
 )->AnnData: # the spots under tissue
     "Read one section of the cSCC series (paper: Discussion; Data availability)"
     root, patient = Path(root), _section(name).patient
@@ -71,14 +74,27 @@ def read_cscc(
     spots = find_file(root, name, 'spot file', f'*spot_data-selection-{name}.tsv',
                       f'*spot_data-selection-{name}.tsv.gz')
     joined, _, left_out = join_counts(counts, spots)
-    section = new_section(**joined, name=name, patient=patient,
-                          image_path=find_file(root, name, 'image', f'*_{name}.jpg', needed=False),
-                          spot_diameter=spot_diameter, source='cutaneous squamous cell carcinoma, GSE144240')
-    section.uns['histogene'].update(left_out)
-    if verbose: print(f'{name}: {len(section)} spots under tissue, '
-                      f'{left_out["counts_without_spot"]} beside it; '
-                      f'{left_out["spots_without_counts"]} selected without counts; {section.n_vars} genes')
+    image = image or find_file(root, name, 'image', f'*_{name}.jpg', f'{_short(name)}_0.*.jpg', needed=False)
+    scale = float(m[1]) if image and (m := re.search(r'_(0\.\d+)$', Path(image).stem)) else 1.
+    joined['spatial'] = joined['spatial']*scale
+    section = new_section(**joined, name=name, patient=patient, image_path=image,
+                          spot_diameter=spot_diameter*scale,
+                          source='cutaneous squamous cell carcinoma, GSE144240')
+    section.uns['histogene'].update(left_out, image_scale=scale)
+    note_um(section, 150)
+    if scale != 1: count_on_tissue(section)
+    if verbose: print('; '.join([_said(section), *image_notes(section)]))
     return section
+
+def _short(name): return name.replace('_ST_rep', '_')
+
+def _said(section):
+    "What was read and left out"
+    h = section.uns['histogene']
+    off = [f'{h.get("off_image")} off the image, left out']*('off_image' in h)
+    return '; '.join([f'{section_name(section)}: {len(section)} spots under tissue, '
+                      f'{h["counts_without_spot"] + h.get("not_in_tissue", 0)} beside it',
+                      f'{h["spots_without_counts"]} selected without counts', *off, f'{section.n_vars} genes'])
 
 # %% ../nbs/tissue/cscc.ipynb #72c1cb50
 GEO_URL = 'https://ftp.ncbi.nlm.nih.gov/geo/samples'

@@ -64,16 +64,20 @@ def _check_panel(section, panel, method):
 # %% ../nbs/idea/expression.ipynb #176d0ec5
 def _ensembl(names): return pd.Index(names).astype(str).str.match(r'ENS[A-Z]*G\d{6}').mean() > .5
 
+# columns of var that name genes in the one way or the other
+_COLUMNS = {'symbols': ('feature_name', 'gene_name', 'gene_symbols'),
+            'Ensembl ids': ('gene_ids', 'feature_id', 'ensembl_id')}
+
 def _why(section, missing):
-    "How the section names these genes, as far as that can be seen: as a sentence"
+    "How the section names these genes, as far as that can be seen, and what to do: as sentences"
     genes, has = pd.Index(section.var_names), section.var.columns
     if _ensembl(missing) != _ensembl(genes):
         kinds = 'Ensembl ids', 'symbols'
         theirs, ours = kinds if _ensembl(missing) else kinds[::-1]
-        columns = 'feature_name', 'gene_ids', 'gene_name', 'gene_symbols'
-        column = next((c for c in columns if c in has), None)
-        more = f", and section.var[{column!r}] has others" if column else ''
-        return f' The panel has {theirs}, the section {ours}, such as {genes[0]}{more}.'
+        column = next((c for c in _COLUMNS[theirs] if c in has), None)
+        do = (f'Its {theirs} are in section.var[{column!r}]: make them its names (section.var_names).' if column
+              else f'Give the panel as {ours}.')
+        return f' The panel has {theirs}, the section {ours}, such as {genes[0]}. {do}'
     small, known = pd.Series(genes, genes.str.lower()), set(genes)
     small = small[~small.index.duplicated()]
     other = {g: small[g.lower()] for g in map(str, missing) if g.lower() in small.index}

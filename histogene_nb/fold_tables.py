@@ -135,6 +135,8 @@ def best_pathways(
 )->pd.DataFrame: # a row per method and pathway, as `pathways.csv` has them
     "Pathways among each method's best genes; of the tables of a run alone, so other sets can be asked later"
     found = {m: enrich_pathways(r, gene_sets).reset_index() for m,r in _best(tables).items()}
+    if not found: raise InputError('No method of this run has an r for any gene, so there are no best genes. '
+                                   'Run another method: the training mean alone has none.')
     return pd.concat([t.assign(method=m) for m,t in found.items()])
 
 # %% ../nbs/runs/fold_tables.ipynb #530fddfa

@@ -15,8 +15,9 @@ from anndata.utils import make_index_unique
 from scipy import sparse
 from .files import InputError, reading
 from .her2st import chosen_spots
-from .images import as_rgb, open_image
-from .matching import count_on_tissue, image_scale
+from .images import as_rgb
+from .matching import count_on_tissue, image_scale, section_picture
+from .position import note_um
 from .sections import check_sparse, new_section, on_image, place
 from .tables import (PATIENT, PIXELS, array_positions, patient_of, read_report, way_round,
                                  whole_counts, without_glass)
@@ -117,13 +118,6 @@ def _whole_positions(section):
         if not pd.api.types.is_numeric_dtype(values) or not np.isfinite(values).all() or (values % 1).any():
             raise InputError(f"obs['{key}'] holds something other than whole numbers. "
                              'Give the place of each spot on the array.')
-
-def _size(section, at):
-    "Width and height of a section's image, in the pixels of its positions; None where it has none"
-    if at.path:
-        with open_image(at.path) as im: return im.size
-    if 'hires' in at.images:
-        return tuple(np.array(at.images['hires'].shape[1::-1])/at.scalefactors.get('tissue_hires_scalef', 1))
 
 # %% ../nbs/tissue/h5ad.ipynb #5e85d8d9
 def check_section(
@@ -246,23 +240,31 @@ def _as_section(section, path, image):
     _numbers_on_array(section)
     if not h.get('patient'): section.uns['histogene']['patient'] = _patient(section)
     check_section(section)
+    if 'spot_um' not in h and _on_visium(section): note_um(section, 50)
     return count_on_tissue(section if by or chosen else without_glass(section), compared)
 
 # %% ../nbs/tissue/h5ad.ipynb #873f15e3
 def _kept(section):
     "The spots in tissue that have a place, on the image; and what says which are in tissue"
     (inside, by), at = chosen_spots(section.obs, 'obs'), place(section)
-    placed, size = np.isfinite(section.obsm['spatial']).all(1), _size(section, at)
+    placed, (size, _) = np.isfinite(section.obsm['spatial']).all(1), section_picture(section)
     kept, h = inside & placed, dict(counts_without_position=int((inside & ~placed).sum()))
     if by: h |= dict(tissue_by=by, not_in_tissue=int((~inside).sum()))
     if not kept.any(): raise InputError("obsm['spatial'] has a position for none of the spots in tissue.")
-    if size:
-        shown = on_image(at.name, Path(at.path).name if at.path else 'in the file', size,
+    if size is not None:
+        shown = on_image(at.name, Path(at.path).name if at.path else 'in the file', tuple(size),
                          section.obs_names[kept], section.obsm['spatial'][kept])
         kept[kept], h['off_image'] = shown, int((~shown).sum())
     if not kept.all(): section = section[kept].copy()
     section.uns['histogene'].update({k: v for k,v in h.items() if v or k == 'not_in_tissue'})
     return section, by
+
+def _on_visium(section):
+    "Whether a section says that it was measured on Visium's hexagons"
+    assays = section.obs['assay'].unique() if 'assay' in section.obs else []
+    told = [place(section).metadata.get('chemistry_description'), *assays]
+    hexagons = section.obs[['array_row', 'array_col']].sum(axis=1).mod(2).nunique() == 1
+    return hexagons and any(w in str(t) for t in told for w in ('Visium', 'Spatial 3'))
 
 def _patient(section):
     "Whose tissue it is, by a column of obs or an entry of uns that says one name; '' where none does"
@@ -277,8 +279,9 @@ def is_anndata(
     if path.name.lower().endswith(('.h5ad', '.h5ad.gz')): return True
     if path.suffix.lower() != '.zarr' or not path.is_dir(): return False
     files = [f for f in (path/'.zattrs', path/'zarr.json') if f.is_file()]
-    with reading(path, 'a store'): attrs = json.loads(files[0].read_text()) if files else {}
-    return attrs.get('attributes', attrs).get('encoding-type') == 'anndata'
+    with reading(path, 'a store'):
+        attrs = json.loads(files[0].read_text()) if files else {}
+        return attrs.get('attributes', attrs).get('encoding-type') == 'anndata'
 
 def _whole_file(file):
     "As `ad.read_h5ad`, but without the layers and the like that a slash in their names has nested"

@@ -17,6 +17,7 @@ from scipy import sparse
 from .files import InputError, data_folder, published_sections, whole_file
 from .images import open_image
 from .matching import count_on_tissue, image_notes
+from .position import note_um
 from .progress import working
 from .sections import check_counts, new_section, place, section_name
 
@@ -191,6 +192,7 @@ _left_out = dict(ids_rounded='positions rounded',
                  counts_without_spot='with counts but not in the spot file',
                  labels_without_spot='labelled but not in the section',
                  labels_without_position='labelled at no position',
+                 off_image='off the image, left out',
                  empty_spots='without a single count, kept')
 
 # %% ../nbs/tissue/her2st.ipynb #4cc2b8f0
@@ -218,10 +220,10 @@ def chosen_spots(
     odd = ~inside & ~words.isin(['0', '0.0', 'false', 'nan', 'none', '<na>', '']).to_numpy()
     if odd.any():
         raise InputError(f'{where}: {column} of a spot is {table[column].iloc[odd.argmax()]!r}, neither 0 nor '
-                         f'1; {odd.sum()} such in all. Put it right, or take the column out to keep all spots.')
+                         f'1; {odd.sum()} such in all. Put it right, or write 1 for each to keep all.')
     if len(table) and not inside.any():
         raise InputError(f'{where}: by {column} none of its {len(table)} spots is in tissue. '
-                         'Put it right, or take the column out to keep all spots.')
+                         'Put it right, or write 1 for each to keep all.')
     return inside, column
 
 # %% ../nbs/tissue/her2st.ipynb #df3b8813
@@ -314,6 +316,7 @@ def read_her2st(
     h, empty = section.uns['histogene'], int((section.X.sum(1) == 0).sum())
     h.update(**left_out, labels_without_spot=no_spot, labels_without_position=no_position, empty_spots=empty)
     if scale != 1: h['image_scale'] = float(scale)
+    if published: note_um(section, 200)
     if given: count_on_tissue(section)
     if verbose: print('; '.join([join_report(section), *image_notes(section)]))
     return section

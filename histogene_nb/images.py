@@ -6,7 +6,7 @@
 __all__ = ['SLIDES', 'max_pixels', 'check_pixels', 'decoding', 'as_rgb', 'TiledImage', 'SlideImage', 'open_image', 'image_mpp']
 
 # %% ../nbs/tissue/images.ipynb #9343c473
-import gzip, io, logging, os
+import ctypes, gzip, io, logging, os
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -151,7 +151,10 @@ def as_rgb(
     return white
 
 # %% ../nbs/tissue/images.ipynb #fbb2cc33
-logging.getLogger('tifffile').addHandler(logging.NullHandler())   # we say ourselves what is wrong with it
+for library in 'tifffile', 'PIL':                    # we say ourselves what is wrong with a file
+    logging.getLogger(library).addHandler(logging.NullHandler())
+with suppress(OSError, AttributeError):              # and libtiff, which prints from C
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 def _sizes(series):
     "The length of each axis of the images in a TIFF file"

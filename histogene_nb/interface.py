@@ -74,12 +74,10 @@ def train_on(cls:SpotModel,
     device:str|torch.device|None=None, # chosen unless given
     checkpoint:str|Path|None=None, # see `fit`
     cache:str|Path|None=None, # folder that keeps patches, which processes of `torchrun` then share
-    trust_folds:int=0, # see `gene_trust`: this many more trainings, for which genes to believe; 0: none
     **settings, # of the model and of its training; `settings` lists them
 )->tuple: # the trained model, and the mean loss of each epoch
     "A new model, trained on sections"
     own, how = cls._sorted(settings, sections)
-    _check_folds(trust_folds, sections)
     with drawn_from(seed): model = cls(n_genes=len(panel), **own)
     _check_config(model)
     device, how = _where(cls, device, how)
@@ -92,8 +90,6 @@ def train_on(cls:SpotModel,
         f'{cls.name}.learn returns {losses!r}, not a list of losses; an empty one will do.')
     model.about.update(geometry)
     _compare(model, sections, examples, device)
-    if trust_folds: model.about['gene_trust'] = _kept(gene_trust(
-        cls, sections, panel, trust_folds, normalization, seed, device, checkpoint, cache, **settings))
     return model.eval(), losses
 
 # %% ../nbs/models/interface.ipynb #e5a0308a
@@ -187,7 +183,7 @@ def _check_config(model):
         f'{kind.name} does not keep {", ".join(missing)} in its config, so it could not be loaded '
         'again. '
         f'Begin its __init__ with super().__init__({", ".join(f"{k}={k}" for k in needed)}).')
-    used = {'kind', 'about', 'normalization', 'cache', 'trust_folds', *_takes(fit)} - {'model', 'examples'}
+    used = {'kind', 'about', 'normalization', 'cache', *_takes(fit)} - {'model', 'examples'}
     if taken := used & {*config, *_takes(kind.__init__)}: raise InputError(
         f'{kind.name} has a setting {min(taken)}, a name that training or its file needs. '
         'Call it something else.')
@@ -242,13 +238,20 @@ def _geometry(sections):
 # %% ../nbs/models/interface.ipynb #7d3e5a01
 @torch.no_grad()
 def _compare(model, sections, examples, device):
-    "Note the error on the training sections and that of each gene's mean; say so where it is worse"
+    """Note the error on the training sections and that of each gene's mean; say so where it is worse.
+
+    Where each place is predicted on its own, some thousand of them tell it"""
     error, n, total, squares = 0., 0, 0., 0.
-    for s,(*seen,Y) in zip(sections, examples):
-        for some,_ in parts(model, s.obsm['spatial'], None):
-            y = Y[some].numpy().astype(np.float64)
-            error += ((run_model(model, tuple(t[some] for t in seen), device, 'float32') - y)**2).sum(0)
-            n, total, squares = n + len(y), total + y.sum(0), squares + (y**2).sum(0)
+    every = max(1, sum(map(len, sections))//1000) if model.alone else 1
+    try:
+        for s,(*seen,Y) in zip(sections, examples):
+            for some,_ in parts(model, s.obsm['spatial'], None):
+                y = Y[some := some[::every]].numpy().astype(np.float64)
+                error += ((run_model(model, tuple(t[some] for t in seen), device, 'float32') - y)**2).sum(0)
+                n, total, squares = n + len(y), total + y.sum(0), squares + (y**2).sum(0)
+    except InputError as e:                          # the training itself is not to be lost
+        print(f'{model.name} is trained, but how well it learned cannot be told: {e}')
+        return
     each = dict(error=(error/n).mean(), mean_error=(squares/n - (total/n)**2).clip(0).mean())
     model.about['training'].update({k: float(f'{v:.4g}') for k,v in each.items()})
     if each['error'] >= each['mean_error']: print(learned(model))
@@ -259,6 +262,7 @@ def learned(
 )->str: # one line
     "What a training came to, beside each gene's mean, and what to do where that is better"
     how, n = model.known('training'), len(model.known('sections'))
+    if 'error' not in how: return f'{model.name}: how well it learned is not known'
     error, mean = how['error'], how['mean_error']
     text = (f"{model.name}: mean squared error {error:.3g} on its {n} training section{'s'*(n > 1)}, "
             f"where each gene's mean has {mean:.3g}")
@@ -271,38 +275,39 @@ def learned(
 # %% ../nbs/models/interface.ipynb #7d3e5a02
 def _check_folds(folds, sections):
     "Raise `InputError` unless the sections can be parted so"
-    if folds != 0 and not 2 <= folds <= len(sections): raise InputError(
-        f'Which genes to believe is learned by leaving out part of the training sections: trust_folds '
-        f'(--trust-folds) is 0, or from 2 to the number of sections, here {len(sections)}, not {folds}.')
+    if not 2 <= folds <= len(sections): raise InputError(
+        'Which genes to believe is learned by leaving out part of the training sections: trust_folds is '
+        f'from 2 to their number, here {len(sections)}, not {folds}. Give another, or leave it out.')
 
 # %% ../nbs/models/interface.ipynb #7d3e5a12
 def gene_trust(
-    kind:type, # a `SpotModel`
-    sections:list, # AnnData each, to train on; two or more
-    panel:list, # genes to predict
+    model:SpotModel, # trained by `train_on`, which keeps what is found: `trusted`, `trust_summary`
+    sections:list, # the sections that it was trained on, two or more
     folds:int, # parts of the sections, each left out once: as many trainings; len(sections) parts are best
-    normalization:str='paper', # see `normalize`
-    seed:int=0, # see `train_on`
     device:str|torch.device|None=None, # chosen unless given
     checkpoint:str|Path|None=None, # see `fit`; each fold has a file of its own beside it
     cache:str|Path|None=None, # folder that keeps patches
-    **settings, # as for `train_on`
+    **settings, # of its training, as given to `train_on`
 )->pd.DataFrame: # by gene: mean r over left-out sections, its spread (sd), its share of the ceiling
     "How well each gene is predicted on training sections that are left out (inner folds)"
     _check_folds(folds, sections)
+    kind, panel, normalization = type(model), model.known('genes'), model.known('normalization')
     r, best, settings = [], [], {**kind.suited(sections), **settings}
     for i in range(folds):
         rest = [s for j,s in enumerate(sections) if j % folds != i]
         name = checkpoint and f'without_{i+1}_of_{folds}.{Path(checkpoint).name}'
         file = checkpoint and Path(checkpoint).with_name(name)
-        model, _ = kind.train_on(rest, panel, normalization, seed, device, file, cache, **settings)
+        other, _ = kind.train_on(rest, panel, normalization, model.known('training')['seed'], device, file, cache,
+                                 **settings)
         for s in sections[i::folds]:
             observed = normalize(s, panel, normalization)
-            r.append(gene_correlations(observed, predict(model, s, device, cache)).r)
+            r.append(gene_correlations(observed, predict(other, s, device, cache)).r)
             best.append(noise_ceiling(s, panel, normalization))
     r, best = pd.concat(r, axis=1), pd.concat(best, axis=1)
     share = r.mean(axis=1)/best.mean(axis=1).where(lambda c: c > 0)
-    return pd.DataFrame(dict(r=r.mean(axis=1), spread=r.std(axis=1), share=share)).rename_axis('gene')
+    found = pd.DataFrame(dict(r=r.mean(axis=1), spread=r.std(axis=1), share=share)).rename_axis('gene')
+    model.about['gene_trust'] = _kept(found)
+    return found
 
 # %% ../nbs/models/interface.ipynb #7d3e5a03
 def _kept(table):
@@ -313,7 +318,7 @@ def _kept(table):
 def trusted(
     model:SpotModel, # with its `about`
 )->pd.DataFrame: # by gene: trust_r, trust_spread, trust_share; no columns where nothing is known
-    "Which of a model's genes to believe, as `train_on` learned with `trust_folds`"
+    "Which of a model's genes to believe, as `gene_trust` found out"
     known = {f'trust_{k}': np.array(v, dtype=float) for k,v in model.about.get('gene_trust', {}).items()}
     return pd.DataFrame(known, index=pd.Index(model.known('genes')))
 
@@ -325,7 +330,7 @@ def trust_summary(
     table, one = trusted(model), len(model.about.get('sections', [])) == 1
     if not len(table.columns): return 'Which genes to believe is not known: the model was trained ' + (
         'on one section, so none could be left out.' if one else
-        'without leaving sections out (trust_folds, --trust-folds).')
+        'without leaving sections out (gene_trust, --trust-folds).')
     best = table.trust_r.sort_values(ascending=False)
     named = ', '.join(f'{g} {r:.2f}' for g,r in best.dropna().head(n).items())
     return (f'By r on left-out training sections, mean {best.mean():.2f}, believe first: {named}; '

@@ -226,9 +226,12 @@ def load_released(
     if dim % 64 or 3*(size := round((n_in/3)**.5))**2 != n_in:
         raise InputError('A released checkpoint has heads of 64 features and square patches; '
                          f'this one has {dim} features and {n_in} numbers a patch.')
-    with no_larger_than(weights):
-        model = HisToGene(n_genes, size, n_pos, dim, depth, heads=dim//64, mlp_dim=mlp_dim, pixels='raw',
-                          order='released')
+    try:
+        with no_larger_than(weights):
+            model = HisToGene(n_genes, size, n_pos, dim, depth, heads=dim//64, mlp_dim=mlp_dim, pixels='raw',
+                              order='released')
+    except InputError as e:
+        raise InputError(f'This released HisToGene checkpoint is damaged ({e}) Copy it again.') from e
     ours = {_released_name(name): name for name in model.state_dict()}
     load_tensors(model, {ours.get(name, name): w for name,w in weights.items()}, 'released checkpoint')
     return model.eval()

@@ -208,12 +208,26 @@ def roughness(
     grey, s = thumbnail.astype(np.float32).mean(-1), max(thumbnail.shape)/200
     return np.log1p(np.sqrt(np.maximum(gaussian(grey**2, s) - gaussian(grey, s)**2, 0)))
 
+# %% ../nbs/idea/patches.ipynb #06920159
+def _scanned(picture):
+    """A picture in which what a scanner left out, in pure white, is no brighter than the glass around it.
+
+    The step from one to the other would be as rough as tissue"""
+    blank = ndimage.binary_opening((picture == 255).all(-1), iterations=3)
+    if not blank.any(): return picture
+    step, away = max(picture.shape)/200, ndimage.distance_transform_edt(~blank)
+    around = picture[(away > step) & (away <= 4*step)]
+    glass = np.median(around, 0) if len(around) else np.full(3, 255)
+    even = len(around) and (np.abs(around - glass) < 10).all(-1).mean() > .5
+    if not even or glass.min() <= 200 or glass.max() >= 250: return picture
+    return np.minimum(picture, glass).astype(np.uint8)
+
 # %% ../nbs/idea/patches.ipynb #18c41025
 def tissue_mask(
     thumbnail:np.ndarray, # (h, w, 3), a small version of the whole image, some 500 to 2000 pixels wide; as `as_rgb` takes it
 )->np.ndarray: # bool (h, w), True where there is tissue
     "Tells tissue from glass: tissue is rough, glass (white, smeared or black) is smooth"
-    thumbnail = np.asarray(as_rgb(np.asarray(thumbnail)))
+    thumbnail = _scanned(np.asarray(as_rgb(np.asarray(thumbnail))))
     rough, few, pad = (roughness(thumbnail), thumbnail.shape[0]*thumbnail.shape[1]//200,
                        max(thumbnail.shape)//40)
     if np.ptp(rough) < .1:

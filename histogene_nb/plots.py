@@ -120,9 +120,12 @@ def _r_title(method, observed, predicted, gene):
 # %% ../nbs/drawing/plots.ipynb #8c1b2a02
 def _label(gene, maps):
     "A gene's name and, where a model knows it, how well it is predicted on sections left out of training"
-    known = [m.var.trust_r[gene] for m in maps if 'trust_r' in m.var and np.isfinite(m.var.trust_r[gene])]
+    r = [m.var.trust_r[gene] if 'trust_r' in m.var else np.nan for m in maps]
     lines = textwrap.wrap(gene, 22)
-    if known: lines.append(f'expected r {known[0]:.2f}' + (', doubtful' if known[0] < .1 else ''))
+    if np.isfinite(r).any():                             # one number where all maps are of one model
+        told = [f'{v:.2f}' if np.isfinite(v) else '?' for v in r]
+        if len(set(told)) == 1: told = told[:1]
+        lines += textwrap.wrap(f'expected r {", ".join(told)}' + ', doubtful'*bool(np.nanmax(r) < .1), 26)
     return '\n'.join(lines)
 
 def _title(text, width=24):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['grid_positions', 'check_positions', 'fit_grid', 'pixel_positions', 'array_steps', 'another_array', 'laid_out',
-           'model_grid', 'spot_positions', 'spot_um']
+           'model_grid', 'spot_positions', 'note_um', 'spot_um']
 
 # %% ../nbs/idea/position.ipynb #6934b1ca
+from contextlib import suppress
 from pathlib import Path
 import numpy as np, torch
 from anndata import AnnData
@@ -120,6 +121,14 @@ def spot_positions(
     return pixel_positions(section.obsm['spatial'], d, grid, n_pos, section_name(section))
 
 # %% ../nbs/idea/position.ipynb #9a0b0c08
+def note_um(
+    section:AnnData, # on an array of a known make
+    step:float, # micrometres from one column of that array to the next
+):
+    "Note in `uns['histogene']['spot_um']` how wide a section's spots are; nothing where they lie on one line"
+    with suppress(InputError):
+        section.uns['histogene']['spot_um'] = round(float(step/array_steps(fit_grid(section))[0]), 2)
+
 def spot_um(
     section:AnnData, # with an image, perhaps
 )->float|None: # None where it is not known

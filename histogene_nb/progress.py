@@ -81,5 +81,5 @@ def working(
         _open.append(bar)
         try:
             with _drawn(bar, screen) if draws else nullcontext(): yield bar
-        finally: _open.remove(bar)
+        finally: _open.pop()
         bar.n = bar.total or bar.n

@@ -36,7 +36,7 @@ def read_section(
 def _read(source, image, root, verbose):
     path, more = look_for(source, root), dict(image=image, verbose=verbose)
     if path is None and str(source) in cscc_catalogue().index:
-        return read_cscc(root or cscc_folder(), str(source), verbose=verbose)
+        return read_cscc(root or cscc_folder(), str(source), **more)
     if path is None: return read_her2st(root or data_folder(), str(source), **more)
     if is_anndata(path): return read_h5ad(path, **more)
     if find_store(path): return read_spatialdata(path, **more)
@@ -45,7 +45,7 @@ def _read(source, image, root, verbose):
                          'give the folder that this file is in.')
     if not path.exists(): return read_her2st(path.parent, path.name, **more)
     folder = existing_folder(path)
-    if inside := sorted(f.name.split('.')[0] for f in folder.glob('ST-cnts/*.tsv*')):
+    if inside := sorted({f.name.split('.')[0] for f in folder.glob('ST-cnts/[!.]*.tsv*')}):
         if len(inside) > 1: raise InputError(
             f'{path}: this folder holds {len(inside)} sections. Give one, such as {path/inside[0]}.')
         return read_her2st(path, inside[0], **more)

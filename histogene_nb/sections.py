@@ -269,6 +269,7 @@ def leave_one_out(
     if by == 'patient' and unknown:
         raise InputError(f'Whose tissue {", ".join(map(str, unknown[:3]))} is, is not known ({len(unknown)} of '
                          f'{len(catalogue)} sections). To leave out patients, say it: patient= of read_section, '
-                         'or a column patient in obs or in the table of coordinates. Or leave out sections.')
+                         'or a column patient in obs, in the table of coordinates or in a table of sections '
+                         '(--samples). Or leave out sections (--by section).')
     group = catalogue.patient if by == 'patient' else catalogue.index.to_series()
     return [(g, list(catalogue.index[group != g]), list(catalogue.index[group == g])) for g in group.unique()]

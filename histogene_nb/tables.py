@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from .files import InputError, reading
 from .her2st import chosen_spots, join_report
 from .images import open_image
-from .matching import count_on_tissue, image_notes, thumbnail
+from .matching import count_on_tissue, image_notes, section_picture
 from .patches import in_tissue, tissue_mask
 from .sections import new_section, on_image, place
 
@@ -254,7 +254,6 @@ def array_positions(
 _NOTES = dict(on_glass='on glass in the picture, left out (a column in_tissue of 1 keeps them)',
               genes_renamed='genes renamed because another has the same symbol',
               counts_without_position='with counts but without a position, left out',
-              off_image='off the image, left out',
               positions_without_counts='with a position but without counts, left out')
 
 def read_report(
@@ -282,15 +281,11 @@ def without_glass(
     """A section without the spots that lie on glass in its picture, if these are more than one in ten.
 
     Fewer are kept: somebody chose the spots, and a pale edge of the tissue is among them"""
-    at = place(section)
-    if at.path: (wide, _), picture = thumbnail(at.path)
-    elif 'hires' in at.images:
-        picture = np.asarray(at.images['hires'])
-        wide = picture.shape[1]/at.scalefactors.get('tissue_hires_scalef', 1)
-    else: return section
+    size, picture = section_picture(section)
+    if picture is None or max(picture.shape) < 200: return section     # too small to see how rough it is
     try: mask = tissue_mask(picture)
     except InputError: return section                       # of one colour: nothing tells glass from tissue
-    on = in_tissue(section.obsm['spatial'], mask, picture.shape[1]/wide)
+    on = in_tissue(section.obsm['spatial'], mask, picture.shape[1]/size[0])
     if on.mean() >= .9 or not on.any(): return section
     section = section[on].copy()
     section.uns['histogene']['on_glass'] = int((~on).sum())

@@ -148,7 +148,7 @@ def _foretell(model, examples, epochs, device, precision):
     "Refuse a section that memory has no room for; say how long a long training takes"
     if not hasattr(model, 'cost'): return
     work, size = zip(*(model.cost(len(targets), train=True) for *_,targets in examples))
-    expect('Training', (epochs*sum(work), max(size)), device, precision, _LESS)
+    expect('Training', (epochs*sum(work)/processes()[1], max(size)), device, precision, _LESS)
 
 def _on_card(examples, device):
     "The examples, moved once where a card has room for them"

@@ -14,8 +14,10 @@ from anndata.utils import make_index_unique
 from PIL import Image
 from scipy import sparse
 from .files import InputError, reading, whole_file
+from .her2st import chosen_spots
 from .images import SLIDES, as_rgb, decoding, open_image
 from .matching import count_on_tissue, image_scale
+from .position import note_um
 from .sections import check_counts, check_sparse, new_section, place, small_copy
 from .tables import (IMAGES, TABLES, as_numbers, existing_folder, folder_name, load_table,
                                  one_file, read_report)
@@ -85,6 +87,8 @@ def _visium_positions(folder):
     file = one_file(folder, 'positions', TABLES, 'tissue_positions.*', '*tissue_positions*')
     table = load_table(file, header=None, dtype=str)
     if 'in_tissue' not in table: table = _with_header(table, file)          # a .parquet file has names
+    if (twice := table.columns.duplicated()).any():
+        raise InputError(f'{file}: there are two columns {table.columns[twice][0]}. Keep one of them.')
     missing = [c for c in _POSITIONS if c not in table]
     if missing:
         raise InputError(f'{file}: there is no column {missing[0]} among '
@@ -93,9 +97,7 @@ def _visium_positions(folder):
     again = table.barcode.duplicated()
     if again.any():
         raise InputError(f'{file}: spot {table.barcode[again.argmax()]} occurs twice. Keep one of the two.')
-    words = {'true': 1, 'false': 0}
-    told = table.in_tissue.map(lambda v: words.get(str(v).strip().lower(), v))
-    numbers = as_numbers(table.assign(in_tissue=told), _POSITIONS[1:], file)
+    numbers = as_numbers(table, _POSITIONS[2:], file).assign(in_tissue=chosen_spots(table, file)[0])
     numbers = numbers.set_index(table.barcode.astype(str)).dropna()
     odd = (numbers[['array_row', 'array_col']] % 1).any(axis=1)
     if odd.any() or not len(numbers):
@@ -200,11 +202,17 @@ def _one_bin(folder):
 def _in_tissue(counts, places, folder):
     "Of each barcode with counts, whether it has a position, and whether it is in tissue"
     placed = counts.obs_names.isin(places.index)
-    inside = placed & (places.in_tissue.reindex(counts.obs_names) == 1).to_numpy()
+    inside = placed & counts.obs_names.isin(places.index[places.in_tissue])
     if inside.any(): return placed, inside
     raise InputError(f'{folder}: none of the {len(counts)} spots with counts, such as '
                      f'{counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as '
                      f'{places.index[0]}. Are they of the same section?')
+
+# %% ../nbs/tissue/visium.ipynb #5d3a561f
+def _note_width(section, factors):
+    "Note how many micrometres wide a spot is: a bin's size, or by the hexagons of Visium, 100 µm apart"
+    if um := factors.get('bin_size_um'): section.uns['histogene']['spot_um'] = um
+    elif section.obs[['array_row', 'array_col']].sum(axis=1).mod(2).nunique() == 1: note_um(section, 50)
 
 # %% ../nbs/tissue/visium.ipynb #ad70887b
 def read_visium(
@@ -232,6 +240,7 @@ def read_visium(
                                     not_in_tissue=int((placed & ~inside).sum()),
                                     counts_without_position=int((~placed).sum()),
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
+    _note_width(section, factors)
     count_on_tissue(section, doubt)
     if verbose: print(read_report(section))
     return section

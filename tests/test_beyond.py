@@ -1,5 +1,5 @@
 "What reaches beyond: tissue past its array, images with none, other scales, descriptions larger than their weights; and what a training knows of itself"
-import json, numpy as np, pytest, time
+import json, numpy as np, pytest, time, torch
 from PIL import Image
 from torch import nn
 from histogene_nb import plots
@@ -123,7 +123,8 @@ def test_a_training_says_whether_it_learned_the_mean(made, capsys):
 
 def test_which_genes_to_believe(made, tmp_path):
     _, (a, b, c), panel, _ = made
-    model, _ = Colour.train_on([a, b, c], panel, trust_folds=3, **FAST)
+    model, _ = Colour.train_on([a, b, c], panel, **FAST)
+    assert gene_trust(model, [a, b, c], 3, **FAST).r.round(4).to_list() == model.about['gene_trust']['r']
     table = trusted(model)
     assert list(table.index) == panel and table.trust_r.between(-1, 1).all() and (table.trust_spread >= 0).all()
     by_hand = []
@@ -143,16 +144,61 @@ def test_which_genes_to_believe(made, tmp_path):
 def test_where_nothing_is_known_of_genes(made):
     _, (a, b, _), panel, model = made
     assert 'on one section, so none could be left out' in trust_summary(model) and not len(predict(model, a).var.columns)
-    assert 'trust_folds (--trust-folds) is 0, or from 2 to the number of sections, here 1' in refused(Colour.train_on, [a], panel, trust_folds=2)
-    for folds in (1, 3, -1): assert 'trust_folds' in refused(Colour.train_on, [a, b], panel, trust_folds=folds)
+    assert 'trust_folds is from 2 to their number, here 1, not 2. Give' in refused(gene_trust, model, [a], 2)
+    for folds in (0, 1, 3, -1): assert 'trust_folds' in refused(gene_trust, model, [a, b], folds)
+
+def test_a_training_is_not_lost_for_a_comparison(made, monkeypatch, capsys):
+    def ends(*_): raise InputError('There is no memory.')
+    monkeypatch.setattr('histogene_nb.interface.run_model', ends)
+    model, losses = HisToGene.train_on(made[1][:1], made[2], **TINY)
+    assert len(losses) == 2 and 'HisToGene is trained, but how well it learned cannot be told: There is no memory.' in capsys.readouterr().out
+    assert learned(model) == 'HisToGene: how well it learned is not known'
+
+def test_some_thousand_places_tell_how_well_a_model_learned(made, monkeypatch):
+    "Where each is predicted on its own: a pass over a large section in full precision would cost as much as an epoch"
+    section, panel, seen = made[1][0], made[2], []
+    class Alone(Colour): alone = True
+    def counted(model, tensors, *_):
+        seen.append(len(tensors[0]))
+        return np.zeros((len(tensors[0]), len(panel)), dtype=np.float32)
+    monkeypatch.setattr('histogene_nb.interface.run_model', counted)
+    many = section[np.tile(np.arange(len(section)), 200)].copy()
+    monkeypatch.setattr('histogene_nb.interface._geometry', lambda sections: {})
+    monkeypatch.setattr(Alone, 'learn', lambda *_, **__: [])
+    monkeypatch.setattr('histogene_nb.interface._examples', lambda model, sections, *_: [(torch.zeros(len(many), 3), torch.zeros(len(many), len(panel)))])
+    Alone.train_on([many], panel)
+    assert len(many) > 3000 and 1000 <= sum(seen) < 2000
+
+def test_processes_share_the_time_that_is_foretold(monkeypatch):
+    from histogene_nb import training
+    told, model, example = [], HisToGene(3, dim=16, depth=1, heads=2, patch_size=8), (torch.zeros(5, 3, 8, 8), torch.zeros(5, 2), torch.zeros(5, 3))
+    monkeypatch.setattr(training, 'expect', lambda what, cost, *_: told.append(cost))
+    for world in 1, 2:
+        monkeypatch.setattr(training, 'processes', lambda *_: (0, world))
+        training._foretell(model, [example], 10, torch.device('cpu'), 'float32')
+    assert told[0][0] == 2*told[1][0] > 0 and told[0][1] == told[1][1]
+
+def test_each_predictions_trust_is_drawn():
+    import anndata as ad, pandas as pd
+    a, b, none = (ad.AnnData(np.zeros((1, 1)), var=pd.DataFrame(v, index=['G'])) for v in (dict(trust_r=[.31]), dict(trust_r=[.05]), dict()))
+    assert [plots._label('G', m) for m in ([a], [a, a], [a, b], [b, none], [none])] == ['G\nexpected r 0.31', 'G\nexpected r 0.31', 'G\nexpected r 0.31, 0.05', 'G\nexpected r 0.05, ?,\ndoubtful', 'G']
+
+def test_pathways_of_genes_that_none_ranked(made):
+    import pandas as pd
+    from histogene_nb.fold_tables import best_pathways
+    r = pd.DataFrame(np.nan, pd.Index(['A', 'B'], name='gene'), pd.MultiIndex.from_tuples([('training mean', 'X1')]))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('histogene_nb.fold_tables._best', lambda tables: {})
+        assert 'no best genes. Run another method' in refused(best_pathways, dict(r=r), {'some': ['A']})
 
 def test_folds_of_a_killed_training_are_kept(made, tmp_path):
     _, (a, b, _), panel, _ = made
     file = tmp_path/'training.safetensors'
-    first = gene_trust(HisToGene, [a, b], panel, 2, checkpoint=file, **TINY)
+    model, _ = HisToGene.train_on([a, b], panel, **TINY)
+    first = gene_trust(model, [a, b], 2, checkpoint=file, **TINY)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert sorted(kept) == [f'without_{i}_of_2.training.safetensors' for i in (1, 2)]
-    assert first.equals(gene_trust(HisToGene, [a, b], panel, 2, checkpoint=file, **TINY)) and kept == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert first.equals(gene_trust(model, [a, b], 2, checkpoint=file, **TINY)) and kept == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
 
 @pytest.mark.parametrize('wrong', [dict(depth=int('8'*30)), dict(depth=88_888), dict(n_pos=10**12), dict(patch_size=10**7), dict(dim=10**8), dict(n_genes=10**11), dict(mlp_dim=10**13)])
 def test_a_description_larger_than_its_weights(made, tmp_path, wrong):
@@ -175,7 +221,7 @@ def test_a_released_checkpoint_with_a_layer_far_away():
     from histogene_nb.model import _released_name
     weights = {_released_name(k): v for k,v in HisToGene(2, 4, 4, 64, 1, 1, pixels='raw', order='released').state_dict().items()}
     weights['vit.transformer.layers.99999999999999999999.0.norm.weight'] = weights['gene_head.0.weight']
-    with pytest.raises(InputError, match='far larger'): load_released(weights)
+    with pytest.raises(InputError, match='This released HisToGene checkpoint is damaged .*far larger'): load_released(weights)
 
 def test_models_are_made_as_before_outside_of_a_file():
     with pytest.raises(ValueError, match='far larger'), no_larger_than({}): nn.Linear(10_000, 10_000)

@@ -71,7 +71,7 @@ def test_help():
                    histogene_plot='predictions --genes --section --out --root',
                    histogene_predict='model section --samples --image --spot --superres --out --root --device --cache --tile --precision',
                    histogene_reproduce='sections --samples --out --root --by --methods --panel --n --min --only --seeds',
-                   histogene_train='sections --samples --out --root --panel --n --min --normalization --epochs --lr --seed --pixels --device --precision --batch --array --setting --cache --trust')
+                   histogene_train='sections --samples --out --root --panel --n --min --normalization --epochs --lr --seed --pixels --device --precision --batch --array --setting --cache --max --trust')
     *helped, unknown, nothing = run_all(*([n, '--help'] for n in NAMES), ['histogene_predict', 'model', '--colour', 'blue'], ['histogene_train'])
     assert unknown.returncode == 2 and unknown.err.startswith('usage:') and 'Traceback' not in unknown.err
     assert nothing.returncode == 1 and nothing.err == 'histogene_train: Give sections, or a table of them (--samples).\n'
@@ -231,6 +231,28 @@ def test_table_of_sections(table, tmp_path, between, monkeypatch):
     assert place(named).diameter == 90 and Path(place(named).path).samefile(tmp_path/'photo.jpg')
     assert (section_name(plain), plain.uns['histogene']['patient'], place(plain).diameter) == ('Y1', '', 112)
 
+def test_a_spot_as_wide_as_the_table_says(table, tmp_path):
+    section = ad.read_h5ad(tmp_path/'own.h5ad')
+    section.uns['histogene']['spot_um'] = 56.
+    write_h5ad(section, tmp_path/'own.h5ad')
+    for width,um in ('224', 112), ('', 56): assert commands._read(*commands._given(None, table('path,spot_width', f'own.h5ad,{width}'), None), None).uns['histogene']['spot_um'] == um
+
+def test_paths_in_a_table(files, table, tmp_path, monkeypatch):
+    "./Y1 is a folder beside the table, wherever the command is given and whatever is published; Y1 alone may be either"
+    monkeypatch.chdir(tmp_path)
+    for folder in '.', 'elsewhere': (tmp_path/folder/'Y1').mkdir(parents=True)
+    root = files/'her2st'
+    def meant(path, file='sections.csv'):
+        table('path', path)
+        given, = commands._given(None, file, root)
+        return Path(given['path']).resolve()
+    assert meant('./Y1') == meant('./Y1', tmp_path/'sections.csv') == tmp_path/'Y1'
+    with pytest.raises(InputError, match='Say which'): meant('Y1')
+    monkeypatch.chdir(tmp_path/'elsewhere')
+    assert meant('./Y1', '../sections.csv') == tmp_path/'Y1'
+    shutil.rmtree(tmp_path/'Y1')
+    with pytest.raises(InputError, match='no such folder'): meant('./Y1', '../sections.csv')
+
 def test_whose_tissue(table, files, tmp_path):
     "A table says it, or the file does; leaving out patients that nobody named is refused, and nothing is written"
     file = table('path,name,patient', 'own.h5ad,mine,Q')
@@ -240,7 +262,7 @@ def test_whose_tissue(table, files, tmp_path):
     section.obs['patient'] = 'R'
     assert reader([str(write_h5ad(section, tmp_path/'told.h5ad'))])[1].patient.to_dict() == dict(Y1='R')
     for by in ('patient', 'both'):
-        with pytest.raises(InputError, match=f'--by {by}: it is not said whose tissue Y1 is.*--samples'): histogene_reproduce([str(files/'X1.h5ad'), str(tmp_path/'own.h5ad')], by=by, out=str(tmp_path/'run'))
+        with pytest.raises(InputError, match='Whose tissue Y1 is, is not known.*--samples.*--by section'): histogene_reproduce([str(files/'X1.h5ad'), str(tmp_path/'own.h5ad')], by=by, out=str(tmp_path/'run'))
     with pytest.raises(InputError, match='both called Y1'): reader([tmp_path/'own.h5ad'], samples=table('path', 'own.h5ad'))
     assert not (tmp_path/'run').exists()
 
@@ -256,6 +278,69 @@ def test_trained_on_and_predicted_by_a_table(table, model, files, tmp_path, monk
     assert from_pretrained(tmp_path/'model').about['sections'] == ['X1', 'mine']
 
 # --- nothing is lost
+
+def test_one_bad_section_of_many(table, model, files, tmp_path):
+    "The others are predicted; which failed and why is said at the end, with exit code 1"
+    section = ad.read_h5ad(files/'Y1.h5ad')
+    section.var_names = [f'none{i}' for i in range(section.n_vars)]
+    write_h5ad(section, tmp_path/'other.h5ad')
+    file = table('path,name', 'own.h5ad,one', 'other.h5ad,bad', 'own.h5ad,two')
+    done, = run_all(['histogene_predict', model, '--samples', file, '--out', tmp_path/'predicted'])
+    assert done.returncode == 1 and 'bad: failed. ' in done.out and re.fullmatch(r"histogene_predict: 1 of 3 sections failed: bad: .*none of the model's \d+ genes.*\n", done.err)
+    assert sorted(p.name for p in (tmp_path/'predicted').iterdir()) == [f'{n}.{kind}' for n in ('one', 'two') for kind in ('csv', 'h5ad', 'json')]
+
+def test_model_is_saved_before_which_genes_to_believe(files, tmp_path, monkeypatch):
+    "Whatever ends that, the model is there, and the same command goes on"
+    how = dict(n_top=40, min_spots=5, epochs=2, setting=TINY[1:4], trust_folds=2)
+    def ends(*_, **__): raise InputError('There is no memory.')
+    with monkeypatch.context() as m:
+        m.setattr('histogene_nb.interface.gene_trust', ends)
+        with pytest.raises(InputError, match='There is no memory. The model itself is trained, and in .*model'): histogene_train([str(files/f'{n}.h5ad') for n in ('X1', 'Y1')], out=str(tmp_path/'model'), **how)
+    first = from_pretrained(tmp_path/'model')
+    assert 'gene_trust' not in first.about
+    histogene_train([str(files/f'{n}.h5ad') for n in ('X1', 'Y1')], out=str(tmp_path/'model'), **how)
+    second = from_pretrained(tmp_path/'model')
+    assert len(second.about['gene_trust']['r']) == len(second.about['genes']) and all(torch.equal(a, b) for a,b in zip(first.parameters(), second.parameters()))
+    assert sorted(p.name for p in (tmp_path/'model').iterdir()) == ['config.json', 'model.safetensors']
+
+def test_some_of_the_spots(files, tmp_path, capsys):
+    histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'a'), max_spots=10, n_top=40, min_spots=5, epochs=1, setting=TINY[1:4])
+    assert '1 sections, 10 spots' in capsys.readouterr().out
+    s = read_section(files/'X1.h5ad', verbose=False)
+    some, same, other = (list(commands._some(s, 10, seed).obs_names) for seed in (0, 0, 1))
+    assert some == same != other and len(set(some)) == 10 and commands._some(s, 10_000, 0) is s
+    with pytest.raises(InputError, match='max_spots'): histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'b'), max_spots=0)
+    assert not (tmp_path/'b').exists()
+
+def test_sections_that_teach_the_array_twice(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    twice = pytest.raises(InputError, match='is given to --array-from, and is trained on or given there twice')
+    for more in ['./X1.h5ad'], ['X2.h5ad', str(files/'X2.h5ad')]:
+        with twice: histogene_train([str(files/'X1.h5ad')], model='texture', out=str(tmp_path/'m'), array_from=more)
+    (files/'own.csv').write_text('path,name\nX1.h5ad,mine\n')
+    with twice: histogene_train(samples=str(files/'own.csv'), model='texture', out=str(tmp_path/'m'), array_from=['X1.h5ad'])
+    (files/'own.csv').unlink()
+
+def test_tables_are_alike_on_all_systems(model, files, tmp_path, monkeypatch):
+    "Else a prediction could not be written again over its own, where lines end in two characters"
+    monkeypatch.setattr(os, 'linesep', '\r\n')
+    for _ in range(2): histogene_predict(str(model), str(files/'Y1.h5ad'), out=str(tmp_path/'p.h5ad'))
+    assert b'\r' not in (tmp_path/'p.csv').read_bytes()
+
+def test_what_was_given_is_recorded():
+    assert commands._command('histogene_train', *(g for g in (['B4'], 's.csv') if g)) == "histogene_train(['B4'], 's.csv')"
+
+def test_genes_that_all_predictions_have(predictions, files, tmp_path, capsys):
+    "Those are drawn; with none, it is refused"
+    import matplotlib
+    matplotlib.use('Agg')
+    first = predictions['spots'][1]
+    best = list(first.var_names[:2])
+    write_h5ad(first[:, best].copy(), tmp_path/'few.h5ad'); write_h5ad(first[:, first.var_names[2:5]].copy(), tmp_path/'others.h5ad')
+    histogene_plot([str(files/'spots.h5ad'), str(tmp_path/'few.h5ad')], out=str(tmp_path/'maps.png'))
+    assert set(capsys.readouterr().out.split(' in ')[0].split(', ')) == set(best)
+    with pytest.raises(InputError, match='no gene in common. Draw'): histogene_plot([str(tmp_path/'few.h5ad'), str(tmp_path/'others.h5ad')], out=str(tmp_path/'maps.png'))
+    with pytest.raises(InputError, match='is not among the 2 predicted.*Leave it out'): histogene_plot([str(files/'spots.h5ad'), str(tmp_path/'few.h5ad')], genes=[first.var_names[3]], out=str(tmp_path/'maps.png'))
 
 @pytest.mark.parametrize('kind', ['h5ad', 'csv', 'json'])
 def test_files_of_others_stay(model, files, tmp_path, kind):

@@ -107,6 +107,30 @@ def test_a_published_name_is_fetched(tmp_path, published):
     refused('B4: no such section in .* histogene_download', read_section, 'B4', root=published)
     refused('this is a path, not|section already', read_section, AnnData(np.ones((2, 2))))
 
+@pytest.mark.parametrize('kind,text', [('.zattrs', '[]'), ('.zattrs', '"anndata"'), ('zarr.json', '{"attributes": 3}'), ('zarr.json', '7')])
+def test_a_store_whose_attributes_are_none(tmp_path, kind, text):
+    store = tmp_path/'s.zarr'
+    store.mkdir(); (store/kind).write_text(text)
+    refused('s.zarr: cannot be read as a store', read_section, store)
+
+def test_shadows_and_packed_twins_are_no_sections(published):
+    "What macOS leaves beside a file, and the same counts unpacked"
+    counts = published/'ST-cnts'/'A1.tsv.gz'
+    (published/'ST-cnts'/'._A1.tsv.gz').write_bytes(b'Mac OS X'); (published/'ST-cnts'/'._X1.tsv.gz').write_bytes(b'Mac OS X')
+    counts.with_suffix('').write_bytes(gzip.decompress(counts.read_bytes()))
+    assert section_name(read_section(published)) == 'A1'
+
+# --- how wide a spot is
+
+def test_how_wide_a_spot_is(made, published, tmp_path):
+    "In micrometres, where the array is of a known make: by how far apart its columns are"
+    from histogene_nb.position import spot_um
+    assert spot_um(read_section('A1', root=published)) == pytest.approx(112/50*200, rel=1e-3)
+    assert spot_um(read_section(tables(made, tmp_path/'t'))) is None and spot_um(read_section(h5ad(made, tmp_path/'s.h5ad'))) is None
+    def visium(s): s.uns['spatial']['S1']['metadata'] = dict(chemistry_description="Spatial 3' v1")
+    def cellxgene(s): s.obs['assay'] = 'Visium Spatial Gene Expression'
+    for edit in visium, cellxgene: assert spot_um(read_section(h5ad(made, tmp_path/'s.h5ad', edit))) == pytest.approx(24/44*100, rel=1e-3)
+
 # --- 4: which spots count
 
 @pytest.mark.parametrize('column', ['in_tissue', 'selected'])
@@ -135,6 +159,59 @@ def test_selected_in_the_layout_of_her2st(published, capsys):
     table.assign(selected=(table.x > 4).astype(int)).to_csv(file, sep='\t', index=False)
     s = read_section('A1', root=published)
     assert s.n_obs == 24 and s.obs.array_col.min() == 5 and '24 of 42 on tissue by selected; 18 with counts but not in tissue' in capsys.readouterr().out
+
+def test_small_pictures_do_not_tell_glass(made, tmp_path, capsys):
+    "Too few pixels to see how rough they are: all spots are kept, and nothing is said of tissue"
+    bare = made[1].drop(columns='in_tissue')
+    def small(s):
+        s.obs.drop(columns='in_tissue', inplace=True)
+        s.uns['spatial']['S1'].update(images=dict(hires=np.asarray(Image.open(made[0]/'he.png').resize((190, 190)))), scalefactors=dict(spot_diameter_fullres=24., tissue_hires_scalef=190/PX))
+    s = read_section(h5ad(made, tmp_path/'s.h5ad', small))
+    assert len(s) == len(bare) and 'on_glass' not in s.uns['histogene'] and 'on tissue in the image' not in capsys.readouterr().out
+
+def test_spots_off_the_image_are_said(made, published, tmp_path, capsys):
+    "In every format: how many, and that they are left out"
+    from histogene_nb.cscc import write_cscc
+    moved = made[1].copy()
+    moved.iloc[0, list(moved).index('pixel_x')] = -40
+    for path in tables(made, tmp_path/'t', moved), h5ad(made, tmp_path/'s.h5ad', lambda s: s.obsm['spatial'].__setitem__((0, 0), -40)):
+        assert read_section(path).uns['histogene']['off_image'] == 1 and '1 off the image, left out' in capsys.readouterr().out
+    cscc = write_cscc(read_section('A1', root=published, verbose=False), tmp_path/'cscc', 'P2_ST_rep1', background=3)
+    for file in published/'ST-spotfiles'/'A1_selection.tsv', cscc/'GSM4284316_spot_data-selection-P2_ST_rep1.tsv':
+        table = pd.read_csv(file, sep='\t')
+        table.loc[0, 'pixel_x'] = PX + 9
+        if 'GSM' in file.name: table['selected'] = [1]*40 + [0]*2
+        table.to_csv(file, sep='\t', index=False)
+    capsys.readouterr()
+    assert read_section('A1', root=published).n_obs == 41 and '1 off the image, left out' in capsys.readouterr().out
+    assert read_section('P2_ST_rep1', root=cscc).n_obs == 39 and 'P2_ST_rep1: 39 spots under tissue, 5 beside it; 0 selected without counts; 1 off the image, left out' in capsys.readouterr().out
+
+def test_reduced_image_of_the_skin_series(made, published, tmp_path, capsys):
+    "Found by its name, which says its scale; or given"
+    from histogene_nb.cscc import write_cscc
+    root = write_cscc(read_section('A1', root=published, verbose=False), tmp_path/'cscc', 'P2_ST_rep1')
+    whole = read_section('P2_ST_rep1', root=root, verbose=False)
+    Image.open(made[0]/'he.png').resize((240, 240)).save(root/'P2_1_0.5.jpg')
+    assert place(read_section('P2_ST_rep1', root=root)).path == place(whole).path
+    (root/'GSM4284316_P2_ST_rep1.jpg').unlink()
+    for image in None, root/'P2_1_0.5.jpg':
+        s = read_section('P2_ST_rep1', root=root, image=image)
+        assert place(s).path.endswith('P2_1_0.5.jpg') and np.allclose(s.obsm['spatial'], whole.obsm['spatial']/2) and place(s).diameter == place(whole).diameter/2
+        assert s.uns['histogene']['spot_um'] == whole.uns['histogene']['spot_um'] and f'of {len(s)} spots on tissue in the image' in capsys.readouterr().out
+
+@needs_images
+def test_the_real_skin_images(tmp_path):
+    "Spots of three sections lie on the tissue of their reduced photographs"
+    shared = Path(os.environ['HISTOGENE_DATA'])/'cscc'
+    for rep in 1, 2, 3:
+        at = pd.read_csv(shared/f'P2_{rep}_spatial_locs.csv')
+        x, y = at.cell_ID.str.split('x', expand=True).astype(int).to_numpy().T
+        name, sample = f'P2_ST_rep{rep}', f'GSM{4284315 + rep}'
+        pd.DataFrame(1, at.cell_ID.rename(None), ['A', 'B']).to_csv(tmp_path/f'{sample}_{name}_stdata.tsv', sep='\t')
+        pd.DataFrame(dict(x=x, y=y, pixel_x=at.pixel_x.abs(), pixel_y=at.pixel_y.abs())).to_csv(tmp_path/f'{sample}_spot_data-selection-{name}.tsv', sep='\t', index=False)
+        shutil.copy(shared/f'P2_{rep}_0.0625.jpg', tmp_path)
+        s = read_section(name, root=tmp_path, verbose=False)
+        assert s.uns['histogene']['image_scale'] == .0625 and s.uns['histogene']['on_tissue'] > .95*len(s)
 
 # --- 5: which way round
 
@@ -407,6 +484,10 @@ def test_genes_that_are_named_otherwise(section):
     assert 'The panel has Ensembl ids, the section symbols, such as Actb' in refused('none of', normalize, section, ['ENSMUSG00000029580', 'ENSMUSG00000041607'])
     section.var_names = [f'ENSMUSG{i:011}' for i in range(3)]
     assert 'The panel has symbols, the section Ensembl ids' in refused('none of', normalize, section, ['Actb', 'Mbp'])
+    section.var['gene_ids'] = section.var_names                                  # that are no symbols
+    assert refused('none of', normalize, section, ['Actb', 'Mbp']).endswith('Give the panel as Ensembl ids.')
+    section.var['feature_name'] = [f'S{i}' for i in range(section.n_vars)]
+    assert refused('none of', normalize, section, ['Actb', 'Mbp']).endswith("Its symbols are in section.var['feature_name']: make them its names (section.var_names).")
     section.var['feature_name'] = ['Actb', 'Mbp', 'Gapdh']
     assert "section.var['feature_name']" in refused('none of', normalize, section, ['Actb', 'Mbp'])
 

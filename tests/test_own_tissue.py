@@ -7,7 +7,7 @@ from scipy import ndimage, sparse
 from scipy.io import mmwrite
 from histogene_nb.files import InputError, reading
 from histogene_nb.images import as_rgb, decoding, open_image
-from histogene_nb.matching import count_on_tissue, image_notes, image_scale
+from histogene_nb.matching import count_on_tissue, image_notes, image_scale, thumbnail
 from histogene_nb.patches import tissue_mask
 from histogene_nb.readers import read_section
 from histogene_nb.sections import new_section, place, section_name, small_copy
@@ -271,7 +271,11 @@ def test_in_tissue(outs, spots, yes, no):
 
 def test_in_tissue_is_something_else(outs, spots):
     spots.assign(in_tissue='maybe').to_csv(outs/'spatial'/'tissue_positions.csv', index=False)
-    refused("in_tissue of row 1 is 'maybe'", read_section, outs)
+    refused("in_tissue of a spot is 'maybe', neither 0 nor 1", read_section, outs)
+
+def test_a_column_of_positions_twice(outs, spots):
+    spots.assign(again=1).set_axis([*spots.columns, 'pxl_row_in_fullres'], axis=1).to_csv(outs/'spatial'/'tissue_positions.csv', index=False)
+    refused('two columns pxl_row_in_fullres', read_section, outs)
 
 POSITIONS = {'list without a header': ('tissue_positions_list.csv', dict(header=False)), 'list with one': ('tissue_positions_list.csv', {}), 'new, without one': ('tissue_positions.csv', dict(header=False)),
              'gzipped list': ('tissue_positions_list.csv.gz', dict(header=False)), 'gzipped': ('tissue_positions.csv.gz', {}), 'tabs': ('tissue_positions.tsv', dict(sep='\t')), "of R": ('tissue_positions.csv', dict(quoting=1)),
@@ -453,6 +457,8 @@ def test_real_image_the_wrong_way(tmp_path):
 @needs_images
 @pytest.mark.parametrize('name,size', [('cmu-1-small-region.svs', (2220, 2967)), ('tcga-cr-7395-01a-01-ts1.svs', (4443, 3567)), ('kidney-48-5.tif', (1493, 901))])
 def test_real_slides(name, size):
+    shown = tissue_mask(thumbnail(SHARED/'slides'/name)[1]).mean()
+    assert shown == pytest.approx({'cmu': .46, 'tcg': .70, 'kid': .009}[name[:3]], rel=.05)            # seen to be right
     with open_image(SHARED/'slides'/name) as im:
         assert im.size == size
         assert tissue_mask(small_copy(im, 600)).any()

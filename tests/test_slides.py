@@ -6,9 +6,9 @@ import imagecodecs, numpy as np, pytest, tifffile
 from anndata import AnnData
 from PIL import Image
 from scipy import sparse
-from histogene_nb.patches import cut_patches, extract_patches
+from histogene_nb.patches import cut_patches, extract_patches, tissue_mask
 from histogene_nb.files import InputError
-from histogene_nb.images import SlideImage, TiledImage, image_mpp, open_image
+from histogene_nb.images import SlideImage, TiledImage, decoding, image_mpp, open_image
 from histogene_nb.sections import add_hires, check_counts, small_copy
 from histogene_nb.superres import predict_image
 from conftest import root
@@ -411,3 +411,31 @@ with open_image(slide) as im:
 print(type(im).__name__, im.size, f'{mask.mean():.2f}', len(centres))""", slide=str(slide))
     kind, share, n = re.fullmatch(r'(\w+) \(40000, 40000\) (\S+) (\d+)', text).groups()
     assert kind == 'SlideImage' and .14 < float(share) < .2 and int(n) > 1500 and memory < 1.5
+
+def rough(h, w): return np.random.default_rng(0).normal(150, 40, (h, w, 3)).clip(0, 255).astype(np.uint8)
+
+@pytest.mark.parametrize('glass', [215, 240])
+def test_fields_that_were_not_scanned_are_not_tissue(glass):
+    "Pure white there, grey glass around the tissue: the step between them is no tissue, nor is the glass"
+    slide = np.full((400, 600, 3), 255, np.uint8)
+    slide[60:340, 80:520] = (glass + np.random.default_rng(1).normal(0, 1, (280, 440, 3))).astype(np.uint8)
+    slide[120:280, 160:440] = rough(160, 280)
+    mask = tissue_mask(slide)
+    assert mask[140:260, 180:420].all() and not mask[:100].any() and not mask[300:].any() and not mask[:, :130].any() and not mask[:, 470:].any()
+
+@pytest.mark.parametrize('around', [254, 255, 'tissue'])
+def test_white_beside_what_is_no_grey_glass_changes_nothing(around):
+    "Glass that is nearly white itself, or tissue up to the edge of what was scanned: the picture is looked at as it is"
+    from histogene_nb.patches import _scanned
+    slide = np.full((400, 600, 3), 255, np.uint8)
+    slide[60:340, 80:520] = rough(280, 440) if around == 'tissue' else around
+    slide[120:280, 160:440] = rough(160, 280)
+    assert _scanned(slide) is slide
+
+def test_what_libraries_print_of_a_damaged_tiff(tmp_path, capfd):
+    "Pillow's libtiff prints from C, beside what is said by the package"
+    Image.fromarray(PIXELS).save(tmp_path/'a.tif', compression='tiff_lzw')
+    with tifffile.TiffFile(tmp_path/'a.tif', mode='r+') as f: f.pages[0].tags[284].overwrite(7)
+    capfd.readouterr()
+    with pytest.raises(InputError), open_image(tmp_path/'a.tif') as im, decoding(tmp_path/'a.tif'): small_copy(im)
+    assert capfd.readouterr().err == ''
