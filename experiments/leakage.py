@@ -2,10 +2,12 @@
 
     HISTOGENE_DATA=... python experiments/leakage.py runs
     HISTOGENE_DATA=... python experiments/leakage.py --sisters    `sisters` alone, which needs no training
+    HISTOGENE_DATA=... python experiments/leakage.py --thinned    `thinned` alone, which takes a minute
 
 `sisters`: r from one sister by position alone, on both scales, to set beside a re-run that was on the released one.
 `pairs`: a section predicted from other sections' counts by position on the array alone, all 36 sections.
 `one_teacher`: one section trains, another is predicted, the five sections with photographs; B4 with fewer spots too, as few as a section of C has.
+`thinned`: the same by ridge regression on colours, and the sections of C with fewer molecules too, as few as a spot of B4 has.
 `panels`: sections left out in turn, with genes chosen in four ways.
 `runs` keeps predictions; folds that are there already are not done again. A leaderboard's `patches`, copied into `runs`, save the time for textures.
 """
@@ -17,11 +19,12 @@ import histogene_nb
 from histogene_nb.commands import reader
 from histogene_nb.folds import Fold, fold_name, provenance, run_fold
 from histogene_nb.methods import baselines, ridges, texture_model
-from histogene_nb.evaluation import gene_correlations, position_baseline
+from histogene_nb.evaluation import as_prediction, gene_correlations, position_baseline
 from histogene_nb.expression import SCALES, common_genes, normalize, read_panel, select_panel
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import her2st_catalogue, read_her2st
 from histogene_nb.sections import leave_one_out
+from histogene_nb.texture import colour_numbers, ridge_baseline
 
 results = Path(histogene_nb.__file__).parent/'results'/'leakage'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
@@ -66,6 +69,22 @@ def one_teacher(out, read, panel):
     rows = [fold(m, some.get, [a], [s for s in sections if s[0] != a[0] or (a[0] == 'C' and s != a)], out/f'from {a}', panel, out/'patches') for a in some for m in methods]
     return means(pd.concat(rows), ['method', 'training', 'section', 'n_training_spots'])
 
+def thinned(measured, panel):
+    "Mean r of ridge regression on colours, taught by one section, whole or with as few molecules a spot as B4 has (median)"
+    some, rng = {n: measured[n] for n in sections}, np.random.default_rng(0)
+    molecules = {n: np.median(np.asarray(s.X.sum(1))) for n,s in some.items()}
+    numbers, known = {n: colour_numbers(s) for n,s in some.items()}, {n: normalize(s, panel) for n,s in some.items()}
+    rows = []
+    for a in some:
+        few = some[a].copy()
+        few.X = few.X.tocsr().copy()
+        few.X.data = rng.binomial(np.rint(few.X.data).astype(int), molecules['B4']/molecules[a]).astype(np.float32)
+        for depth,Y in {'whole': known[a].X, "as few as B4's": normalize(few, panel).X}.items():
+            for b in some:
+                predicted = as_prediction(known[b], ridge_baseline([numbers[a]], [Y], numbers[b]), [known[a]], 'ridge on colours')
+                if a != b: rows.append(dict(training=a, molecules=depth, median=molecules[a] if depth == 'whole' else molecules['B4'], section=b, r=gene_correlations(known[b], predicted).r.mean()))
+    return pd.DataFrame(rows)
+
 def panels(out, read, catalogue, published):
     "The folds by section, with genes chosen in four ways: means over all genes of each panel, and over those in all four"
     rule = lambda names: dict(n_top=1000, min_spots=round(sum(len(read(n)) for n in names)/10))            # the paper's 1,000 spots are about a tenth of its spots
@@ -95,6 +114,9 @@ def main(folder):
     save('panels', panels(out, read, catalogue, panel))
     save('pairs', pairs(measured, panel))
     save('sisters', sisters(measured, panel))
+    save('thinned', thinned(measured, panel))
     (results/'run.json').write_text(json.dumps(provenance(command, start, sections=sections, seed=0), indent=1))
 
-if __name__ == '__main__': save('sisters', sisters(every_section(), published())) if sys.argv[1] == '--sisters' else main(sys.argv[1])
+if __name__ == '__main__':
+    alone = {'--sisters': sisters, '--thinned': thinned}.get(sys.argv[1])
+    save(sys.argv[1][2:], alone(every_section(), published())) if alone else main(sys.argv[1])
