@@ -69,6 +69,7 @@ def _hex_points(
 
 def _at(field, points): return map_coordinates(field, points.T/CELL - .5, order=1, mode='nearest')
 
+# %% ../nbs/tissue/histology.ipynb #db09ab12
 def _round_objects(
     rng:np.random.Generator, # of places and sizes
     where:np.ndarray, # (n, n) centres lie where this is positive
@@ -325,6 +326,7 @@ def _noise(rng, grain, px):
     n = -(-px//grain)
     return _resize(rng.standard_normal((n,n), dtype=np.float32), px)
 
+# %% ../nbs/tissue/histology.ipynb #e055b1d9
 def _fat_cells(
     rng:np.random.Generator, # of the centres
     layout:dict, # maps of `section_layout`
@@ -387,6 +389,7 @@ def _layers(F):
         ((1.45-vessel)*20, .58 + .05*fine, .06, 2.5),
         ((.9-vessel)*20, .04, 0, 2.5)]
 
+# %% ../nbs/tissue/histology.ipynb #d43a41a6
 def _paint(F):
     "Haematoxylin and eosin of a band of the background, layer over layer"
     E = (.42 + .17*F['bundle'] + .13*F['thin'] + .03*F['fine']).clip(.07)
@@ -398,6 +401,7 @@ def _paint(F):
     thickness = _step(F['edge'], 3)*(1 + .07*F['uneven'])
     return H*thickness, E*thickness
 
+# %% ../nbs/tissue/histology.ipynb #d43a41a7
 def _background(
     rng:np.random.Generator, # of all textures
     layout:dict, # maps of `section_layout`
@@ -424,6 +428,7 @@ def _blood(rng, eosin, layout, px):
     disc = expit((3.2-np.hypot(x,y))*2)[None].astype(np.float32)*1.2
     _stamp(eosin, disc, p, np.zeros(len(p), int))
 
+# %% ../nbs/tissue/histology.ipynb #b9f08965
 def stain_densities(
     name:str, # patient and section, e.g. 'X1'
     layout:dict, # maps of `section_layout`

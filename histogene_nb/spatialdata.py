@@ -49,6 +49,7 @@ def _chosen(path, store, counted):
                          'Leave one of them in the store.')
     return region, counted[region][0]
 
+# %% ../nbs/tissue/spatialdata.ipynb #2a6b52a2
 def _at_shapes(table, shapes, region, path):
     "The rows of counts that belong to these shapes, the shape of each, and how many rows have none"
     attrs = table.uns['spatialdata_attrs']
@@ -98,6 +99,7 @@ def _photograph(images, shapes, region, several, where):
     pixels = level.transpose('y', 'x', 'c').values
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels, to_pixels
 
+# %% ../nbs/tissue/spatialdata.ipynb #0605db03
 def _with_picture(table, shapes, name, pixels, to_pixels):
     "Counts, shapes and an image in the convention of an .h5ad file; positions are pixels over its scale"
     middle, scale = shapes.geometry.centroid, abs(np.linalg.det(to_pixels))**.5

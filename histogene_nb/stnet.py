@@ -7,6 +7,7 @@ __all__ = ['load_lite0', 'image_network', 'STNet', 'turn_each', 'spot_batches']
 
 # %% ../nbs/models/stnet.ipynb #927ae226
 import pickle, requests, timm, torch, torchvision
+from fastcore.basics import patch
 from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
@@ -127,52 +128,60 @@ class STNet(SpotModel):
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
         self.to(memory_format=torch.channels_last)                   # on a CPU, convolutions a third faster
 
-    def pixels(self,
-        patches:Tensor, # (n, 3, h, w), values 0 to 255
-    )->Tensor: # (n, 3, side, side), as the backbone was trained on
-        "Pixel values as they enter the network"
-        x = (patches.float() - self.mean)/self.std
-        if x.shape[-1] != self.side:
-            x = F.interpolate(x, size=(self.side, self.side), mode='bilinear', antialias=True)
-        return x.contiguous(memory_format=torch.channels_last)
+# %% ../nbs/models/stnet.ipynb #22f26cb5
+@patch
+def look(self:STNet,
+    section, # AnnData with an image: its spots, or places between them
+    cache=None, # folder that keeps patches
+)->tuple: # patches uint8 (n, 3, patch_size, patch_size)
+    "Patches that show more than the spot"
+    return (extract_patches(section, self.config['patch_size'], cache=cache,
+                            width=self.config['window']),)
 
-    def look(self,
-        section, # AnnData with an image: its spots, or places between them
-        cache=None, # folder that keeps patches
-    )->tuple: # patches uint8 (n, 3, patch_size, patch_size)
-        "Patches that show more than the spot"
-        return (extract_patches(section, self.config['patch_size'], cache=cache,
-                                width=self.config['window']),)
+@patch
+def pixels(self:STNet,
+    patches:Tensor, # (n, 3, h, w), values 0 to 255
+)->Tensor: # (n, 3, side, side), as the backbone was trained on
+    "Pixel values as they enter the network"
+    x = (patches.float() - self.mean)/self.std
+    if x.shape[-1] != self.side:
+        x = F.interpolate(x, size=(self.side, self.side), mode='bilinear', antialias=True)
+    return x.contiguous(memory_format=torch.channels_last)
 
-    def check(self,
-        patches:Tensor, # as given to the model
-        wait:bool=False, # not needed
-    ):
-        "Raise `InputError` unless patches are of this model's size"
-        size = self.config['patch_size']
-        if tuple(patches.shape[1:]) != (3, size, size):
-            raise InputError(f'patches have shape {tuple(patches.shape)}, '
-                             f'but this model takes (n, 3, {size}, {size}).')
+# %% ../nbs/models/stnet.ipynb #22f26cb6
+@patch
+def once(self:STNet,
+    patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
+)->Tensor: # (n, n_genes)
+    "The prediction from patches as they are"
+    seen = self.backbone(self.pixels(patches))
+    with full_precision(seen): return self.head(seen.to(self.head.weight.dtype))
 
-    def forward(self,
-        patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
-    )->Tensor: # (n, n_genes)
-        "Predicted expression of each spot; in evaluation mode the mean over ways to turn its patch"
-        self.check(patches)
-        if self.training: return self.once(patches)
-        # few at a time: features of a whole section fill the memory
-        few = len(patches) if torch.is_grad_enabled() else 32
-        ways = range(self.config['views'])
-        with working('prediction', patches.split(few), 'batch') as batches:
-            return torch.cat([torch.stack([self.once(turn_patches(p, w)) for w in ways]).mean(0)
-                              for p in batches])
+@patch
+def forward(self:STNet,
+    patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
+)->Tensor: # (n, n_genes)
+    "Predicted expression of each spot; in evaluation mode the mean over ways to turn its patch"
+    self.check(patches)
+    if self.training: return self.once(patches)
+    # few at a time: features of a whole section fill the memory
+    few = len(patches) if torch.is_grad_enabled() else 32
+    ways = range(self.config['views'])
+    with working('prediction', patches.split(few), 'batch') as batches:
+        return torch.cat([torch.stack([self.once(turn_patches(p, w)) for w in ways]).mean(0)
+                          for p in batches])
 
-    def once(self,
-        patches:Tensor, # (n, 3, patch_size, patch_size), values 0 to 255
-    )->Tensor: # (n, n_genes)
-        "The prediction from patches as they are"
-        seen = self.backbone(self.pixels(patches))
-        with full_precision(seen): return self.head(seen.to(self.head.weight.dtype))
+# %% ../nbs/models/stnet.ipynb #22f26cb7
+@patch
+def check(self:STNet,
+    patches:Tensor, # as given to the model
+    wait:bool=False, # not needed
+):
+    "Raise `InputError` unless patches are of this model's size"
+    size = self.config['patch_size']
+    if tuple(patches.shape[1:]) != (3, size, size):
+        raise InputError(f'patches have shape {tuple(patches.shape)}, '
+                         f'but this model takes (n, 3, {size}, {size}).')
 
 # %% ../nbs/models/stnet.ipynb #19e7d3b8
 def turn_each(
@@ -209,9 +218,6 @@ def spot_batches(
             scaler.step(opt); scaler.update()
             found.append(loss.detach()); seen.append(len(targets))
     return sum(l*n for l,n in zip(torch.stack(found).tolist(), seen))/sum(seen)
-
-# %% ../nbs/models/stnet.ipynb #5a700f1c
-from fastcore.basics import patch
 
 # %% ../nbs/models/stnet.ipynb #e76b3424
 @patch

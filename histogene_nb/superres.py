@@ -143,18 +143,19 @@ def predict_dense(
             here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - own])
             X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
             padded += here.uns['histogene'].get('n_padded', 0)
-    counts = dict(n_padded=padded, n_beyond=beyond)
-    return _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, counts)
+    out = _sub_patches(model, section, X, centres, where, factor, grid, (mask, scale))
+    out.uns['histogene'].update(n_padded=padded, n_beyond=beyond)
+    return out
 
 # %% ../nbs/idea/superres.ipynb #8ea1ad89
-def _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, counts):
+def _sub_patches(model, section, X, centres, where, factor, grid, tissue):
     "The mean over the patches (n, genes) that cover each sub-patch on tissue, as a section"
     (name, d, *_), k = place(section), round(factor**.5)
     info, step = section.uns['spatial'][name], d/k
     corner = centres[0] - d/2 - where[0]*step
     cells, X, cover = average_patches(X, where, k)
     centres = corner + (cells + .5)*step
-    keep = in_tissue(centres, mask, scale)
+    keep = in_tissue(centres, *tissue)
     cells, X, cover, centres = cells[keep], X[keep], cover[keep], centres[keep]
     out = AnnData(X, obsm={'spatial': centres}, var=trusted(model))
     out.obs_names = [f'{i}x{j}' for i,j in cells]
@@ -165,7 +166,7 @@ def _sub_patches(model, section, X, centres, where, factor, grid, mask, scale, c
     known = {k: v for k,v in section.uns.get('histogene', {}).items() if k != 'truth'}
     if um := spot_um(section): known['spot_um'] = um
     scale = model.known('normalization')
-    out.uns['histogene'] = {**known, **counts, 'normalization': scale,
+    out.uns['histogene'] = {**known, 'normalization': scale,
                             'unit': SCALES[scale]['unit'], 'predicted_by': f'{model.name}_SR',
                             'superres': factor, 'patch_diameter': d, 'corner': corner}
     return out

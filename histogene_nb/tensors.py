@@ -145,6 +145,7 @@ def load_checkpoint(
     opt.load_state_dict({'state': adam, 'param_groups': opt.state_dict()['param_groups']})
     return losses
 
+# %% ../nbs/runs/tensors.ipynb #cec3e34d
 def _adam_state(model, tensors):
     "Adam's state of each weight that has one: not of what is frozen"
     # laid out in memory as the weight is: fused Adam pairs them by address

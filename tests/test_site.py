@@ -105,6 +105,14 @@ def test_what_is_folded(site):
     shown = {n for _,s in folds for n in s.partition(': ')[2].split(', ') if n}
     assert 'read_her2st' in said and {n for n in shown if not n.startswith('_')} == {n for n in said if not n.startswith('_')}
 
+@pytest.mark.parametrize('path', notebooks(), ids=name)
+def test_figures_keep_their_order(site, path):
+    "What is folded may move below an answer, but no figure leaves the text that is about it: a page has them in its notebook's order"
+    alts = [m[1] for c in cells(path, 'code') if 'image/png' in str(c['outputs']) and (m := re.search(r'^#\| *fig-alt: "(.*)"', c['source'], re.M))]
+    html = unescape((site/page_of(path)).read_text(encoding='utf-8'))
+    at = [html.index(f'alt="{a}"') for a in dict.fromkeys(alts)]
+    assert at == sorted(at)
+
 def test_answers_stand_before_code(site):
     "A page of results says its answer first: the folded code that the answer needs is on the page, but below it."
     for path in [p for p in notebooks() if p.parent.name in ('paper', 'judging')]:

@@ -39,12 +39,13 @@ class tables_last(Processor):
 
 
 class answer_first(Processor):
-    "Folded code that stands before the answer of a page of results (`#| echo: false`) goes below it, in front of the next heading"
+    "Folded code that stands before the answer of a page of results (`#| echo: false`) goes below it, in front of the next heading; code with a figure stays with its figure"
     def end(self):
         cells = self.nb.cells
         def says(c, what): return c.cell_type == 'code' and re.search(rf'^#\| *{what}', c.source, re.M)
         answer = next((i for i,c in enumerate(cells) if says(c, 'echo: *false') and 'show_doc(' not in c.source), 0)
-        folds = [c for c in cells[:answer] if says(c, 'code-fold: *true')]
+        def draws(c): return any('image/png' in o.get('data', {}) for o in c.get('outputs', []))
+        folds = [c for c in cells[:answer] if says(c, 'code-fold: *true') and not draws(c)]
         rest = [c for c in cells if not any(c is f for f in folds)]
         after = answer - len(folds)
         i = next((i for i,c in enumerate(rest) if i > after and c.cell_type == 'markdown' and re.match('## ', c.source)), len(rest))
