@@ -88,9 +88,9 @@ def _squares(low, width, size):
 # %% ../nbs/models/texture.ipynb #1a7e5749
 def _overlaps(low, high, start, side, n):
     "How far each window reaches over each of n cells along one side: of the windows that differ, and which is whose"
-    spans, which = np.unique(np.c_[low, high], axis=0, return_inverse=True)
+    spans, which = np.unique(low + 1j*high, return_inverse=True)    # pairs, as complex numbers
     edges = start + side/n*np.arange(n + 1)
-    over = np.minimum(spans[:, 1:], edges[1:]) - np.maximum(spans[:, :1], edges[:-1])
+    over = np.minimum(spans.imag[:, None], edges[1:]) - np.maximum(spans.real[:, None], edges[:-1])
     return torch.from_numpy(over.clip(0)).float(), which
 
 def box_sums(
@@ -104,12 +104,12 @@ def box_sums(
     cols, x = _overlaps(low[:, 0], high[:, 0], start[0], side, m.shape[-1])
     rows, y = _overlaps(low[:, 1], high[:, 1], start[1], side, m.shape[-2])
     by_row = (rows.to(m.device) @ m.permute(1, 2, 0).flatten(1)).unflatten(1, (m.shape[-1], len(m)))
-    return torch.einsum('xw,ywc->yxc', cols.to(m.device), by_row)[y, x]
+    return (cols.to(m.device) @ by_row)[y, x]                       # (y, x, c), of which each box is one
 
 # %% ../nbs/models/texture.ipynb #3b44b653
 def _window_numbers(textures, image, centres, width, size):
     "Mean and spread of each channel in windows of one width (pixels of the image): (n, 160)"
-    low, high, sums = centres - width/2, centres + width/2, None
+    low, high, area, sums = centres - width/2, centres + width/2, np.zeros(len(centres)), None
     step, px, corners, within = _squares(low, width, size)
     seen = -(-(px + 2*_RIM)//8)*8
     side = max(round(seen*width/size), 1)
@@ -119,16 +119,16 @@ def _window_numbers(textures, image, centres, width, size):
     with working('textures', several, 'part') as several:
         for group in several:
             tiles, _ = cut_patches(image, starts[group] + side//2, seen, side)
-            maps = [torch.cat([m, m**2, torch.ones_like(m[:, :1])], 1)
-                    for m in textures(tiles.to(device_of(textures)))]
+            maps = [torch.cat([m, m.square()], 1) for m in textures(tiles.to(device_of(textures)))]
             sums = sums or [torch.zeros(len(centres), m.shape[1]) for m in maps]
             for j,k in enumerate(group):
                 for here in np.array_split(within[k], len(within[k])//512 + 1):
                     first, last = np.maximum(low[here], corners[k]), np.minimum(high[here], corners[k] + step)
+                    area[here] += (last - first).prod(1)
                     for s,m in zip(sums, maps): s[here] += box_sums(m[j], first, last, starts[k], side).cpu()
-    numbers = []
+    numbers, area = [], torch.from_numpy(area).float()[:, None]
     for s in sums:
-        mean, square = (s[:, :-1]/s[:, -1:]).chunk(2, 1)
+        mean, square = (s/area).chunk(2, 1)
         numbers += [mean, (square - mean**2).clamp(min=0).sqrt()]
     return torch.cat(numbers, 1)
 
@@ -408,6 +408,9 @@ class TextureModel(SpotModel):
 from fastcore.basics import patch
 
 # %% ../nbs/models/texture.ipynb #e8364ffa
+# of a section, in a step: attention takes the square of it, and the model was made on sections of a few hundred
+_SHARE, _MOST = .7, 500
+
 def _train_member(member, H, T, steps, lr, seed, device):
     """Loss of each step; the member's output is in units of the first pattern's standard deviation
     until it is done"""
@@ -425,7 +428,8 @@ def _train_member(member, H, T, steps, lr, seed, device):
         for _ in each:
             loss = 0.
             for h,t in zip(H, T):
-                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)    # drawn by the processor
+                n = max(2, min(int(_SHARE*len(h)), _MOST))
+                some = torch.randperm(len(h))[:n].to(device)             # drawn by the processor
                 loss = loss + (member(h[some]) - t[some]).square().sum(1).mean()/len(H)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
             losses.append(loss.detach())
