@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from .files import InputError
 from .progress import working
 from .devices import (all_digits, default_device, device_of, drawn_from, enough_memory,
-                                  full_precision, kept_memory)
+                                  expect, full_precision, kept_memory)
 from .sections import place, section_name
 from .images import as_rgb, decoding
 from .patches import (cache_file, cut_patches, extract_patches, read_array, save_array,
@@ -72,6 +72,7 @@ class Textures(nn.Module):
 # side of a square in the tensor's pixels, and of the rim that is looked at around it and not counted
 _SQUARE, _RIM = 448, 8
 
+def _seen(px): return -(-(px + 2*_RIM)//8)*8      # a square of this side, with its rim
 def _squares(low, width, size):
     """Squares to look at, and the windows on each: of a lattice or, where that is less, the windows themselves.
     Their side in the image's pixels and in the tensor's; their corners (m, 2), indices of windows"""
@@ -88,9 +89,9 @@ def _squares(low, width, size):
 # %% ../nbs/models/texture.ipynb #1a7e5749
 def _overlaps(low, high, start, side, n):
     "How far each window reaches over each of n cells along one side: of the windows that differ, and which is whose"
-    spans, which = np.unique(np.c_[low, high], axis=0, return_inverse=True)
+    spans, which = np.unique(low + 1j*high, return_inverse=True)    # pairs, as complex numbers
     edges = start + side/n*np.arange(n + 1)
-    over = np.minimum(spans[:, 1:], edges[1:]) - np.maximum(spans[:, :1], edges[:-1])
+    over = np.minimum(spans.imag[:, None], edges[1:]) - np.maximum(spans.real[:, None], edges[:-1])
     return torch.from_numpy(over.clip(0)).float(), which
 
 def box_sums(
@@ -104,14 +105,14 @@ def box_sums(
     cols, x = _overlaps(low[:, 0], high[:, 0], start[0], side, m.shape[-1])
     rows, y = _overlaps(low[:, 1], high[:, 1], start[1], side, m.shape[-2])
     by_row = (rows.to(m.device) @ m.permute(1, 2, 0).flatten(1)).unflatten(1, (m.shape[-1], len(m)))
-    return torch.einsum('xw,ywc->yxc', cols.to(m.device), by_row)[y, x]
+    return (cols.to(m.device) @ by_row)[y, x]                       # (y, x, c), of which each box is one
 
 # %% ../nbs/models/texture.ipynb #3b44b653
-def _window_numbers(textures, image, centres, width, size):
+def _window_numbers(textures, image, centres, width, size, squares):
     "Mean and spread of each channel in windows of one width (pixels of the image): (n, 160)"
-    low, high, sums = centres - width/2, centres + width/2, None
-    step, px, corners, within = _squares(low, width, size)
-    seen = -(-(px + 2*_RIM)//8)*8
+    low, high, area, sums = centres - width/2, centres + width/2, np.zeros(len(centres)), None
+    step, px, corners, within = squares
+    seen = _seen(px)
     side = max(round(seen*width/size), 1)
     starts = corners - (side - step)//2
     # small squares several at a time; boxes not all at once, since many that differ take much memory
@@ -119,16 +120,16 @@ def _window_numbers(textures, image, centres, width, size):
     with working('textures', several, 'part') as several:
         for group in several:
             tiles, _ = cut_patches(image, starts[group] + side//2, seen, side)
-            maps = [torch.cat([m, m**2, torch.ones_like(m[:, :1])], 1)
-                    for m in textures(tiles.to(device_of(textures)))]
+            maps = [torch.cat([m, m.square()], 1) for m in textures(tiles.to(device_of(textures)))]
             sums = sums or [torch.zeros(len(centres), m.shape[1]) for m in maps]
             for j,k in enumerate(group):
                 for here in np.array_split(within[k], len(within[k])//512 + 1):
                     first, last = np.maximum(low[here], corners[k]), np.minimum(high[here], corners[k] + step)
+                    area[here] += (last - first).prod(1)
                     for s,m in zip(sums, maps): s[here] += box_sums(m[j], first, last, starts[k], side).cpu()
-    numbers = []
+    numbers, area = [], torch.from_numpy(area).float()[:, None]
     for s in sums:
-        mean, square = (s[:, :-1]/s[:, -1:]).chunk(2, 1)
+        mean, square = (s/area).chunk(2, 1)
         numbers += [mean, (square - mean**2).clamp(min=0).sqrt()]
     return torch.cat(numbers, 1)
 
@@ -138,6 +139,18 @@ def _numbers_file(cache, textures, section, centres, windows, size):
                                    for w in textures.state_dict().values()), digest_size=16).hexdigest()
     return cache_file(cache, section, 1000*centres, size,
                       f'textures v2 {tuple(windows)} {place(section).diameter} {weights}')
+
+# %% ../nbs/models/texture.ipynb #tex-expect
+_ADVICE = 'Use another device, or let other programs end first.'
+
+# a pixel takes as long as so many operations of a matrix product: three times what torch counts, as measured on a processor
+_A_PIXEL = 15_000
+
+def _foretell(looks, device):
+    "Say how long it takes to look at these squares, where that is long"
+    work = _A_PIXEL*sum(len(corners)*_seen(px)**2 for *_,(_,px,corners,_) in looks)
+    n = len(looks[0][0])
+    expect(f'Looking at {n} places', (work, 12*160*len(looks)*n), device, 'float32', _ADVICE)
 
 # %% ../nbs/models/texture.ipynb #088fe176
 def texture_numbers(
@@ -157,11 +170,12 @@ def texture_numbers(
     file = _numbers_file(cache, textures, section, centres, windows, size) if cache is not None else None
     if file and (known := read_array(file, (len(centres), 160*len(windows)), np.float32)) is not None:
         return known
-    advice = 'Use another device, or let other programs end first.'
-    with (torch.no_grad(), kept_memory(), all_digits(), enough_memory(device, 'Looking at the tissue', advice),
+    looks = [(at, side, size, _squares(at - side/2, side, size)) for at,side in checked]
+    _foretell(looks, device)
+    with (torch.no_grad(), kept_memory(), all_digits(), enough_memory(device, 'Looking at the tissue', _ADVICE),
           section_image(section) as image, decoding(place(section).path or place(section).name)):
         image = as_rgb(image)
-        numbers = torch.cat([_window_numbers(textures, image, *places, size) for places in checked], 1)
+        numbers = torch.cat([_window_numbers(textures, image, *look) for look in looks], 1)
     if file: save_array(file, numbers.numpy())
     return numbers
 
@@ -408,6 +422,12 @@ class TextureModel(SpotModel):
 from fastcore.basics import patch
 
 # %% ../nbs/models/texture.ipynb #e8364ffa
+# a share of a section is shown in a step, but no more spots than this: attention takes the square of them,
+# and the model was made on sections of a few hundred
+_SHARE, _MOST = .7, 500
+
+def _shown(n): return max(2, min(int(_SHARE*n), _MOST))
+
 def _train_member(member, H, T, steps, lr, seed, device):
     """Loss of each step; the member's output is in units of the first pattern's standard deviation
     until it is done"""
@@ -425,13 +445,26 @@ def _train_member(member, H, T, steps, lr, seed, device):
         for _ in each:
             loss = 0.
             for h,t in zip(H, T):
-                some = torch.randperm(len(h))[:max(2, int(.7*len(h)))].to(device)    # drawn by the processor
+                some = torch.randperm(len(h))[:_shown(len(h))].to(device)        # drawn by the processor
                 loss = loss + (member(h[some]) - t[some]).square().sum(1).mean()/len(H)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
             losses.append(loss.detach())
     with torch.no_grad(): member.head[1].weight *= spread; member.head[1].bias *= spread
     member.eval()
     return torch.stack(losses).tolist()
+
+# %% ../nbs/models/texture.ipynb #tex-cost
+@patch
+def cost(self:TextureModel,
+    n:int, # places in one sequence
+    train:bool=False, # for a step of training; else to predict them
+)->tuple: # floating-point operations and bytes
+    "What the transformers take; `texture_numbers` says itself what looking at the tissue takes"
+    c, weights = self.config, sum(w.numel() for w in self.members.parameters())
+    n = _shown(n) if train else n
+    # heads this narrow run at half the rate of a matrix product
+    work = 2*(2*n*weights + 4*n**2*c['dim']*c['depth']*c['members'])
+    return (3*work, 16*weights + 160*n*c['dim']*c['depth']) if train else (work, 44*n*c['dim'])
 
 # %% ../nbs/models/texture.ipynb #82cc2cde
 @patch
@@ -489,6 +522,8 @@ def learn(self:TextureModel,
     for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items():
         getattr(self, k).copy_(torch.as_tensor(v))
     self.to(device)                                               # whole, before its parts are trained
+    work, size = zip(*(self.cost(len(h), train=True) for h in H))
+    expect('Training', (steps*sum(work), max(size)), device, 'float32', 'Use another device.')
     with working('training', self.members, 'transformer') as members:
         each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(members)]
     self.about['training'].update(rank=rank, alpha=alpha, use_array=use_array,

@@ -1,5 +1,5 @@
 "What is shown while something takes long: a bar in a terminal, lines elsewhere, nothing where it is short"
-import os, subprocess, sys, time
+import os, re, subprocess, sys, time
 from contextlib import contextmanager
 import numpy as np, pytest, torch
 from histogene_nb import progress
@@ -8,6 +8,8 @@ from histogene_nb.files import InputError
 from histogene_nb.interface import foretell, run_model
 from histogene_nb.model import HisToGene
 from histogene_nb.progress import working
+from histogene_nb.texture import TextureModel, Textures, texture_numbers
+from histogene_nb.tissue import synthetic_sections
 from histogene_nb.training import fit
 
 PROGRAM = '''
@@ -120,6 +122,24 @@ def test_what_a_model_says_it_costs_is_what_torch_counts():
             out = model.train(train)(*seen)
             if train: out.sum().backward()
         assert model.cost(n, train)[0] == pytest.approx(counted.get_total_flops(), rel=.1)
+
+def test_what_the_transformers_on_textures_cost_is_twice_what_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model = TextureModel(5, rank=3, members=2, pretrained=False)
+    seen = torch.zeros(200, 641)
+    with FlopCounterMode(display=False) as counted, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for m in model.members.eval(): m(seen)
+    assert model.cost(200)[0] == pytest.approx(2*counted.get_total_flops(), rel=.1)
+    assert model.cost(200, True)[0] < 3*model.cost(200)[0]                       # a step shows a share of them, and
+    assert model.cost(10_000, True) == model.cost(20_000, True)                  # of a large section no more than of a smaller one
+
+def test_looking_at_tissue_is_foretold_unless_it_is_kept(monkeypatch, capsys, tmp_path):
+    (section,), textures = synthetic_sections(tmp_path, ['X1']), Textures()
+    monkeypatch.setattr('histogene_nb.devices.operations', lambda *_: 1e11)
+    monkeypatch.setattr('histogene_nb.texture._A_PIXEL', 6.1e12/(len(section)*40**2))    # windows of 24, a rim of 8 around each
+    for _ in range(2): texture_numbers(textures, section, (1.,), 24, cache=tmp_path/'cache')
+    assert re.fullmatch(rf'Looking at {len(section)} places takes about 01:01 and \d\.\d GB of memory\n', capsys.readouterr().out)
 
 def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
     model = HisToGene(5, 8, 8, 16, 1, 2)
