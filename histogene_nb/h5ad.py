@@ -111,6 +111,13 @@ def _has_all(section):
         raise InputError(f"{where}['{key}'] is missing. "
                          f"A section follows the convention of scanpy and squidpy{more}")
 
+def _plain_labels(section):
+    "Raise `InputError` where a column's categories are no plain values, as in a damaged file"
+    for where,table in (('obs', section.obs), ('var', section.var)):
+        for k,v in table.items():
+            if isinstance(v.dtype, pd.CategoricalDtype) and not all(map(pd.api.types.is_scalar, v.cat.categories)):
+                raise InputError(f"{where}['{k}'] has categories that are no plain values. Make the file again.")
+
 def _whole_positions(section):
     "Raise `InputError` where array positions are not whole numbers"
     for key in ('array_col', 'array_row'):
@@ -226,6 +233,7 @@ def _as_section(section, path, image):
     h = section.uns.setdefault('histogene', {})
     chosen = 'tissue_by' in h or 'not_in_tissue' in h                 # when it was read before it was written
     for k in _FOUND: h.pop(k, None)
+    _plain_labels(section)
     _symbols(section)
     if renamed := int(section.var_names.duplicated().sum()):
         h['genes_renamed'], section.var_names = renamed, make_index_unique(section.var_names)

@@ -120,6 +120,17 @@ def test_shadows_and_packed_twins_are_no_sections(published):
     counts.with_suffix('').write_bytes(gzip.decompress(counts.read_bytes()))
     assert section_name(read_section(published)) == 'A1'
 
+def test_categories_that_are_arrays(made, tmp_path):
+    "As a damaged file can have them: one axis more"
+    import h5py
+    path = h5ad(made, tmp_path/'s.h5ad', lambda s: s.obs.__setitem__('annotation', pd.Categorical(['a', 'b']*55)))
+    with h5py.File(path, 'r+') as f:
+        held, attrs = f['obs/annotation/categories'][()], dict(f['obs/annotation/categories'].attrs)
+        del f['obs/annotation/categories']
+        f['obs/annotation/categories'] = held[:, None]
+        f['obs/annotation/categories'].attrs.update(attrs)
+    refused("s.h5ad: .*annotation", read_section, path)
+
 # --- how wide a spot is
 
 def test_how_wide_a_spot_is(made, published, tmp_path):
