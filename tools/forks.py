@@ -60,8 +60,8 @@ def typed(shell):
     ordinary, fork = shell.system, multiprocessing.get_context('fork')
     def system(lines):
         for line in shell.var_expand(lines, depth=1).replace('\\\n', ' ').splitlines():
-            words = shlex.split(line)
-            path = words[0].startswith('histogene_') and shutil.which(words[0])
+            words = shlex.split(line) if re.fullmatch('histogene_[^|<>&;$]*', line) else ()
+            path = words and shutil.which(words[0])
             if not path: ordinary(line); continue
             ran = run(script, path, *words[1:], context=fork)
             print(ran.out + ran.err, end='')
