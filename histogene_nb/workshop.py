@@ -136,13 +136,18 @@ SCHEDULE = {'Opening': 15, 'Lesson 1': 66, 'Break': 10, 'Lesson 2': 67, 'Lunch':
 def ready():
     "Do for a moment what the lessons do, and say that all is there"
     began = time.perf_counter()
+    import torch
     from histogene_nb import __version__
-    from histogene_nb.devices import computes_on
+    from histogene_nb.devices import computes_on, default_device
     from histogene_nb.expression import select_panel
     from histogene_nb.model import HisToGene
     from histogene_nb.tissue import synthetic_section
+    from histogene_nb.training import one_pass, training_example
     with tempfile.TemporaryDirectory() as folder:
         section = synthetic_section(folder, 'X1')
         panel = select_panel([section], n_top=20, min_spots=100)
-        HisToGene.train_on([section], panel, epochs=2, patch_size=56, dim=64, depth=2, heads=4)
+        example = training_example(section, panel, patch_size=56)
+    device = default_device()
+    model = HisToGene(len(panel), patch_size=56, dim=64, depth=2, heads=4).to(device)
+    one_pass(model, torch.optim.Adam(model.parameters()), [example], device, False)
     print(f'ready, after {time.perf_counter() - began:.0f} s: histogene_nb {__version__}, {computes_on()}')

@@ -78,9 +78,19 @@ def test_wrong(exercise, answer, words):
     told = answered(exercise, answer)
     assert told.startswith(f'Exercise {exercise}, not yet.') and words in told
 
+@cache
+def for_lecturers():
+    "The table of exercises on the lecturers' page"
+    names = {}
+    exec(next(c['source'] for c in cells(root/'nbs'/'workshop'/'0_instructor.ipynb') if 'EXERCISES = {' in c['source']), names)
+    return names['EXERCISES']
+
+@pytest.mark.parametrize('exercise', [pytest.param(e, marks=group(solutions[int(e[0]) - 1])) for e in RIGHT])
+def test_answers_for_lecturers(exercise): assert answered(exercise, for_lecturers()[exercise][2]).startswith(f'Exercise {exercise}: right.')
+
 def test_cases():
     "Two other right answers and four mistakes for each exercise"
-    assert list(RIGHT) == list(WRONG) and len(RIGHT) == 28 and all(len(RIGHT[e]) >= 2 and len(WRONG[e]) >= 4 for e in RIGHT)
+    assert list(RIGHT) == list(WRONG) == list(for_lecturers()) and len(RIGHT) == 28 and all(len(RIGHT[e]) >= 2 and len(WRONG[e]) >= 4 for e in RIGHT)
 
 
 # ---- nothing gives an answer away
@@ -186,6 +196,13 @@ def test_cut_finds_changes(tmp_path, monkeypatch):
     ('def f(x):\n    "of x"\n    # <solution>\n    y = x\n    return (y +\n            1)\n    # </solution>\nz = 3', 'def f(x):\n    "of x"\n    ...  # your code here\nz = 3'),
     ('a = 1', 'a = 1')])
 def test_what_is_left(solution, left): assert exercises.block.sub(exercises.emptied, solution) == left
+
+def test_learners_sidebar():
+    "Solutions stand apart from what learners read, and learners' pages do not link to them"
+    import yaml
+    sections = {s['section']: s['contents'] for s in yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents'] if 'section' in s}
+    assert [f'workshop/{exercises.twin(p).name}' for p in solutions] == sections['Workshop'][1:] and [f'workshop/{p.name}' for p in solutions] == sections['For lecturers'][1:]
+    for page in ('workshop', *(exercises.twin(p).stem for p in solutions)): assert not [c for c in cells(root/'nbs'/'workshop'/f'{page}.ipynb', 'markdown') if '_solutions' in c['source']]
 
 def test_check_all(monkeypatch, capsys):
     from histogene_nb import workshop
