@@ -173,6 +173,9 @@ loaded = '''index = await new Promise((done, failed) => {
         document.head.append(s);
       });'''
 
+hits = 'fuse.search(q, { limit }).map((h) => h.item)'
+solutions_last = 'fuse.search(q).map((h) => h.item).sort((a, b) => a.href.includes("_solutions") - b.href.includes("_solutions")).slice(0, limit)'
+
 bokeh_script = re.compile(r'<script[^>]*src="https://cdn[^"]*/(bokeh(?:-[a-z]+)?)-([\d.]+)\.min\.js"[^>]*>\s*</script>')
 
 def bring_bokeh(out):
@@ -207,14 +210,14 @@ def bring_llms(site):
     index.write_text(s, encoding='utf-8')
 
 def localise(out):
-    "Fonts and the search index in a form that a browser reads from a folder."
+    "Fonts and the search index in a form that a browser reads from a folder; the workshop's solutions are found after all else."
     bring_bokeh(out)
     libs = out/'site_libs'
     for css in libs.rglob('*.css'): inline_fonts(css)
     for fonts in [*libs.rglob('fonts')]: shutil.rmtree(fonts)
     js = (libs/'smalldocs.js').read_text(encoding='utf-8')
-    if fetched not in js: raise SiteError('smalldocs.js reads its search index in another way than 0.5.4 does: see localise()')
-    (libs/'smalldocs.js').write_text(js.replace(fetched, loaded), encoding='utf-8')
+    if fetched not in js or hits not in js: raise SiteError('smalldocs.js reads its search index in another way than 0.5.4 does: see localise()')
+    (libs/'smalldocs.js').write_text(js.replace(fetched, loaded).replace(hits, solutions_last), encoding='utf-8')
     index = (out/'search.json').read_text(encoding='utf-8')
     (out/'search.js').write_text(f'window.searchIndex = {index};\n', encoding='utf-8')
 
