@@ -25,7 +25,8 @@ def thin(
     X = sparse.csr_matrix(section.X)
     counts = np.rint(X.data).astype(np.int64)
     if len(counts) and (np.abs(counts - X.data).max() > 1e-3 or counts.min() < 0): raise InputError(
-        f'{section_name(section)}: only whole counts can be thinned. Give the raw counts, not normalised expression.')
+        f'{section_name(section)}: only whole counts can be thinned. '
+        'Give the raw counts, not normalised expression.')
     kept, lots = np.random.default_rng(seed).binomial(counts, share), []
     for part in (kept, counts - kept):
         lot = sparse.csr_matrix((part.astype(np.float32), X.indices.copy(), X.indptr.copy()), shape=X.shape)
@@ -46,7 +47,8 @@ def learn_patterns(
 )->pd.DataFrame: # (genes, n): weights, orthogonal, each of length 1
     "The patterns that the training sections' expression is mostly made of (truncated SVD)"
     together = np.concatenate([_centred(s, panel) for s in training])
-    if not 1 <= n <= min(together.shape): raise InputError(f'There are 1 to {min(together.shape)} patterns, not {n}.')
+    if not 1 <= n <= min(together.shape): raise InputError(
+        f'There are 1 to {min(together.shape)} patterns, not {n}.')
     return pd.DataFrame(np.linalg.svd(together, full_matrices=False)[2][:n].T, index=panel)
 
 # %% ../nbs/judging/worth.ipynb #3c467df6
