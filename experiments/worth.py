@@ -4,7 +4,7 @@
     HISTOGENE_DATA=... python experiments/worth.py runs tables    the tables alone, of the folds that are there
 
 HisToGene, which takes hours, is left out; ST-Net and the small CNN, in their leaderboard's settings, come last, and the tables that the package
-keeps were made without them. Folds that are there already are not done again. One thread. The tables go into the package's results/worth, with what made them.
+keeps were made without them. Folds that are there already are not done again. One thread. The tables go into the package's results/worth_recipes, with what made them.
 """
 import json, sys, time
 from functools import partial
@@ -24,7 +24,7 @@ from histogene_nb.methods import baselines, depth_maps, ridges, texture_model
 from histogene_nb.worth import from_molecules, learn_patterns, thin, worth
 from leaderboard import own, sections, slow
 
-results = Path(histogene_nb.__file__).parent/'results'/'worth'
+results = Path(histogene_nb.__file__).parent/'results'/'worth_recipes'
 methods = {'baselines': baselines, 'depth': depth_maps, 'ridge': ridges,
            'texture without transformers': partial(texture_model, members=0, label='texture without transformers'),
            'texture': partial(texture_model, label='texture'), **own, 'ST-Net': slow['ST-Net']}
