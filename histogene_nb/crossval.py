@@ -153,6 +153,7 @@ class _Progress:
               f'mean r {", ".join(f"{m} {r:.3f}" if r == r else f"{m} has none" for m,r in mean.items())}; '
               f"{duration(found['seconds'])}. {n} of {of} done{rest if n < of else ''}", flush=True)
 
+# %% ../nbs/runs/crossval.ipynb #6907c80f
 def _here(todo, late):
     "Run folds in this process, one after the other"
     for key,task in todo.items():
@@ -180,6 +181,7 @@ def _on_ray(address, todo, late, cores, gpus):
             yield running.pop(ready), ray.get(ready)
     return at_once, results()
 
+# %% ../nbs/runs/crossval.ipynb #83e03a46
 def _room(have, cores, gpus):
     "How many folds there is room for on a cluster that has these resources"
     at_once = int(min([have.get('CPU', 0)//cores, *([have.get('GPU', 0)//gpus] if gpus else [])]))

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 import numpy as np
+from fastcore.basics import patch
 from openslide import OpenSlide, OpenSlideCache, OpenSlideError
 from PIL import Image, ImageOps
 from tifffile import TiffFile
@@ -231,19 +232,6 @@ class TiledImage:
         if min(map(listed, self.pages)) < n*planes: raise OSError('tiles are missing')
         self.tile = lru_cache(max(1, 2**28//(tile['X']*tile['Y']*3)))(self._tile)     # 256 MB of them
 
-    def _tile(self, col, row):
-        (w,h), i, parts = self.tile_size, row*self.grid[0] + col, []
-        w, h = min(w, self.width - w*col), min(h, self.height - h*row)
-        try:
-            for page in self.pages:
-                for at in self.starts:
-                    data = _tile_data(page, at + i, self.tile_size)
-                    if not data: return Image.new('RGB', (w, h), 'white')
-                    parts.append(_tile_pixels(page, data, at + i)[:h, :w])
-            pixels = np.concatenate(parts, -1)[..., :len(self.pixels)]
-            return as_rgb(Image.frombytes(self.pixels, (w, h), pixels.tobytes()))
-        except Exception as e: raise OSError(f'tile {i}: {e}') from e
-
     @property
     def mpp(self):
         page = self.pages[0]
@@ -251,21 +239,37 @@ class TiledImage:
         if page.resolutionunit != 3 or not page.resolution[0] > 0: return        # in inches it is a printer's
         return 1e4/page.resolution[0]
 
-    def crop(self,
-        box:tuple, # left, top, right, bottom, in pixels; right and bottom are not included
-    )->Image.Image: # in RGB, white beyond the edge
-        "A region of the image"
-        (left, top, right, bottom), (w,h), (cols,rows) = box, self.tile_size, self.grid
-        out = Image.new('RGB', (right - left, bottom - top), 'white')
-        for row in range(max(top//h, 0), min(-(-bottom//h), rows)):
-            for col in range(max(left//w, 0), min(-(-right//w), cols)):
-                out.paste(self.tile(col, row), (col*w - left, row*h - top))
-        return out
-
     def __enter__(self): return self
     def __exit__(self, *error):
         for image in (self, *self.smaller): image.tile.cache_clear()
         self.file.close()
+
+# %% ../nbs/tissue/images.ipynb #6a6c1094
+@patch
+def crop(self:TiledImage,
+    box:tuple, # left, top, right, bottom, in pixels; right and bottom are not included
+)->Image.Image: # in RGB, white beyond the edge
+    "A region of the image"
+    (left, top, right, bottom), (w,h), (cols,rows) = box, self.tile_size, self.grid
+    out = Image.new('RGB', (right - left, bottom - top), 'white')
+    for row in range(max(top//h, 0), min(-(-bottom//h), rows)):
+        for col in range(max(left//w, 0), min(-(-right//w), cols)):
+            out.paste(self.tile(col, row), (col*w - left, row*h - top))
+    return out
+
+@patch
+def _tile(self:TiledImage, col, row):
+    (w,h), i, parts = self.tile_size, row*self.grid[0] + col, []
+    w, h = min(w, self.width - w*col), min(h, self.height - h*row)
+    try:
+        for page in self.pages:
+            for at in self.starts:
+                data = _tile_data(page, at + i, self.tile_size)
+                if not data: return Image.new('RGB', (w, h), 'white')
+                parts.append(_tile_pixels(page, data, at + i)[:h, :w])
+        pixels = np.concatenate(parts, -1)[..., :len(self.pixels)]
+        return as_rgb(Image.frombytes(self.pixels, (w, h), pixels.tobytes()))
+    except Exception as e: raise OSError(f'tile {i}: {e}') from e
 
 # %% ../nbs/tissue/images.ipynb #b44fe421
 class SlideImage:

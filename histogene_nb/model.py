@@ -7,6 +7,7 @@ __all__ = ['Block', 'HisToGene', 'attention_maps', 'load_released']
 
 # %% ../nbs/idea/model.ipynb #1999a02a
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .files import InputError
 from .sections import section_name
@@ -71,39 +72,41 @@ class HisToGene(SpotModel):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, n_genes))
 
-    def embed(self,
-        patches:Tensor, # (b, n, 3, h, w) or (b, n, 3*h*w), values 0 to 255
-        positions:Tensor, # long (b, n, 2): (x, y) indices
-    )->Tensor: # E, (b, n, dim)
-        "$E = E_h + E_x + E_y$ (paper: Encoding of histology image and position features)"
-        if patches.ndim == 5: patches = flatten_patches(patches, self.config['order'])
-        few = patches.shape[1] if torch.is_grad_enabled() else 256
-        E_h = torch.cat([self.patch_embed(self.pixels(p)) for p in patches.split(few, dim=1)], 1)   # F_h W_h
-        return self.dropout(E_h + self.x_embed(positions[..., 0]) + self.y_embed(positions[..., 1]))
+# %% ../nbs/idea/model.ipynb #13d0c8b2
+@patch
+def embed(self:HisToGene,
+    patches:Tensor, # (b, n, 3, h, w) or (b, n, 3*h*w), values 0 to 255
+    positions:Tensor, # long (b, n, 2): (x, y) indices
+)->Tensor: # E, (b, n, dim)
+    "$E = E_h + E_x + E_y$ (paper: Encoding of histology image and position features)"
+    if patches.ndim == 5: patches = flatten_patches(patches, self.config['order'])
+    few = patches.shape[1] if torch.is_grad_enabled() else 256
+    E_h = torch.cat([self.patch_embed(self.pixels(p)) for p in patches.split(few, dim=1)], 1)   # F_h W_h
+    return self.dropout(E_h + self.x_embed(positions[..., 0]) + self.y_embed(positions[..., 1]))
 
-    def pixels(self,
-        patches:Tensor, # values 0 to 255, any type
-    )->Tensor: # as W_h sees them, in its type
-        "Pixel values as they enter W_h"
-        dtype = self.patch_embed.weight.dtype
-        return ((patches - 127.5).to(dtype).mul_(1/255) if self.config['pixels'] == 'centred'
-                else patches.to(dtype))
+@patch
+def pixels(self:HisToGene,
+    patches:Tensor, # values 0 to 255, any type
+)->Tensor: # as W_h sees them, in its type
+    "Pixel values as they enter W_h"
+    dtype = self.patch_embed.weight.dtype
+    return ((patches - 127.5).to(dtype).mul_(1/255) if self.config['pixels'] == 'centred'
+            else patches.to(dtype))
 
-    def forward(self,
-        patches:Tensor, # (n, 3, h, w) or (n, 3*h*w) of one section; a leading b for a batch
-        positions:Tensor, # long (n, 2): (x, y) indices; a leading b for a batch
-    )->Tensor: # (n, n_genes); a leading b for a batch
-        "Predicted expression of each spot"
-        self.check(patches, positions)
-        one = positions.ndim == 2
-        # x: (b, n, dim)
-        x = self.embed(patches[None], positions[None]) if one else self.embed(patches, positions)
-        for block in self.blocks: x = block(x)
-        with full_precision(x): out = self.head(x.to(self.head[1].weight.dtype))         # (b, n, n_genes)
-        return out[0] if one else out
-
-# %% ../nbs/idea/model.ipynb #d3245d03
-from fastcore.basics import patch
+# %% ../nbs/idea/model.ipynb #13d0c8b4
+@patch
+def forward(self:HisToGene,
+    patches:Tensor, # (n, 3, h, w) or (n, 3*h*w) of one section; a leading b for a batch
+    positions:Tensor, # long (n, 2): (x, y) indices; a leading b for a batch
+)->Tensor: # (n, n_genes); a leading b for a batch
+    "Predicted expression of each spot"
+    self.check(patches, positions)
+    one = positions.ndim == 2
+    # x: (b, n, dim)
+    x = self.embed(patches[None], positions[None]) if one else self.embed(patches, positions)
+    for block in self.blocks: x = block(x)
+    with full_precision(x): out = self.head(x.to(self.head[1].weight.dtype))         # (b, n, n_genes)
+    return out[0] if one else out
 
 # %% ../nbs/idea/model.ipynb #e50f55e0
 @patch

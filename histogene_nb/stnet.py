@@ -16,10 +16,12 @@ from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from .files import InputError
 from .progress import working
-from .devices import full_precision, gradient_scaler, mixed
+from .devices import device_of, full_precision, gradient_scaler, mixed
 from .patches import extract_patches
 from .interface import SpotModel
 from .training import fit, same_shape, turn_patches
@@ -240,6 +242,26 @@ def learn(self:STNet,
     passes = partial(spot_batches, batch_size=batch_size)
     return fit(self, examples, epochs, lr, seed, device, augment, checkpoint, every, one_pass=passes,
                precision=precision)
+
+# %% ../nbs/models/stnet.ipynb #st-cost
+@patch
+def cost(self:STNet,
+    n:int, # patches
+    train:bool=False, # for an epoch of training; else to predict them
+)->tuple: # floating-point operations and bytes
+    "What it takes, in batches of 32: that of one patch, as torch counts it, times n"
+    kept, was, size = {}, self.backbone.training, self.config['patch_size']
+    def note(t):
+        if not isinstance(t, nn.Parameter): kept[t.untyped_storage().data_ptr()] = t.nbytes
+        return t
+    one = self.pixels(torch.zeros(1, 3, size, size, device=device_of(self)))
+    with FlopCounterMode(display=False) as count, torch.enable_grad(), saved_tensors_hooks(note, lambda t: t):
+        held = self.backbone.eval()(one)                              # what it keeps is counted while it is held
+    self.backbone.train(was)
+    # convolutions run at half the rate of a matrix product, as measured on a processor
+    work, weights = 2*n*count.get_total_flops(), sum(w.numel() for w in self.parameters())
+    if not train: return self.config['views']*work, 32*3*max(kept.values())
+    return 3*work, 16*weights + 32*sum(kept.values())
 
 # %% ../nbs/models/stnet.ipynb #10e2e790
 @patch

@@ -142,6 +142,7 @@ def _check_agreement(file, losses, precision, world):
         raise InputError(f'{file}: the processes do not find the same checkpoint. '
                          'Give a folder that all of them see.')
 
+# %% ../nbs/idea/training.ipynb #cc238b59
 _LESS = 'Give fewer or smaller sections, a smaller model, or another device.'
 
 def _foretell(model, examples, epochs, device, precision):

@@ -277,6 +277,7 @@ def _write_10x(path, section):
                         barcodes=section.obs_names.to_numpy().astype('S')).items(): f[f'matrix/{k}'] = v
         for k,v in features.items(): f[f'matrix/features/{k}'] = np.array(v, 'S')
 
+# %% ../nbs/tissue/visium.ipynb #45753fee
 def write_visium(
     section:AnnData, # counts, spots and an image; of spots that are not `in_tissue`, the positions alone
     outs:str|Path, # folder, made if need be
