@@ -237,7 +237,7 @@ def histogene_train(
     root:str=None, # Folder of the HER2+ data (default: HISTOGENE_DATA/her2st, or that of histogene_download)
     panel:str=None, # File of genes to predict (default: the paper's rule on these sections)
     n_top:int=1000, # Panel rule: highly variable genes per section
-    min_spots:int=1000, # Panel rule: spots in which a gene must be expressed
+    min_spots:int=None, # Panel rule: spots in which a gene must be expressed (1000, or an eighth of all)
     normalization:str='paper', # paper or released
     epochs:int=None, # Passes over the sections (default: the model's own; HisToGene 100)
     lr:float=None, # Learning rate (default: the model's own; HisToGene 1e-5)
@@ -396,6 +396,9 @@ def _write_prediction(predicted, compare, out, net, command, start, device, prec
     for method,r in results.items():
         rs = f"mean r {r['mean_r']:.3f}, median {r['median_r']:.3f}, " if r['n_ok'] else ''
         print(f"{method} at the {r['n_genes']} genes measured: {rs}{r['n_genes'] - r['n_ok']} without r")
+    if results and (name := section_name(predicted)) in net.about.get('sections', []):
+        print(f'The model was trained on a section {name}: if it is this one, that says how well it was '
+              'remembered. Believe an r of sections that were left out.')
 
 def _write_files(predicted, table, results, out, net, command, start, device, precision, **more):
     "All files of a prediction; an earlier one's table goes where this one has none"
@@ -620,7 +623,7 @@ def histogene_reproduce(
     methods:str='all', # With commas: baselines, HisToGene, ST-Net (all: these), ridge, texture, module:Class
     panel:str=None, # File of genes to predict (default: the paper's rule, in each training fold)
     n_top:int=None, # That rule: highly variable genes per section (default: 1000; synthetic: 120)
-    min_spots:int=None, # That rule: spots in which a gene must be expressed (default: 1000; synthetic: 150)
+    min_spots:int=None, # That rule: spots in which a gene must be expressed (1000 or an eighth; synthetic: 150)
     only:str=None, # Folds to run, by the sections left out, such as C3; separated by commas (default: all)
     seeds:int=1, # Models per fold
     epochs:int=None, # Passes over the sections of HisToGene (default: 100; synthetic: 40)

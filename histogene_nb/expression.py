@@ -127,13 +127,16 @@ def variable_genes(
 def select_panel(
     sections:list, # AnnData, raw counts: training sections only, or the test section leaks into the choice
     n_top:int=1000, # highly variable genes a section
-    min_spots:int=1000, # spots, over all sections, in which a gene must be expressed
+    min_spots:int|None=None, # spots, over all sections, in which a gene must be expressed; see below
 )->list: # gene symbols, in the first section's order
-    "The paper's panel: common genes, variable in a section, in enough spots (paper: Data preprocessing)"
+    """The paper's panel: common genes, variable in a section, in enough spots (paper: Data preprocessing).
+
+    Enough are 1,000 as in the paper, or an eighth of all spots where that is fewer (our choice)"""
+    common = common_genes(sections := _listed(sections))
+    if min_spots is None: min_spots = min(1000, sum(len(s) for s in sections)//8)
     if not min_spots >= 0: raise InputError(
         'In how many spots a gene must be expressed (min_spots) must be a number, 0 or more, '
         f'not {min_spots}.')
-    common = common_genes(sections := _listed(sections))
     sections = [s[:, common] for s in sections]
     variable = set().union(*(variable_genes(s, n_top) for s in sections))
     n_spots = sum(np.asarray((s.X > 0).sum(0)).ravel() for s in sections)             # (genes,)

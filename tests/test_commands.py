@@ -120,7 +120,7 @@ def test_texture_model(files, tmp_path):
         assert a.uns['histogene']['predicted_by'] == name and list(a.var_names) == net.about['genes'] and np.isfinite(a.X).all() and a.X.std(0).max() > 0
     assert list(json.loads((tmp_path/'4x.json').read_text())['results']) == ['texture*']
     for args,said in ((['--model', 'texture', '--epochs', '3'], '--epochs is no setting of texture'), (['--model', 'resnet'], "There is no model 'resnet'"),
-                      (['--array-from', files/'X2.h5ad'], '--array-from is no setting of HisToGene'), (['--model', 'texture', '--array-from', files/'X1.h5ad'], 'X1.h5ad is both trained on and given to --array-from')):
+                      (['--array-from', files/'X2.h5ad'], '--array-from is no setting of HisToGene'), (['--model', 'texture', '--array-from', files/'X1.h5ad'], 'X1.h5ad is given to --array-from, and is trained on or given there twice')):
         p, = run_all(['histogene_train', files/'X1.h5ad', '--out', tmp_path/'other', *rule, *args])
         assert p.returncode == 1 and said in p.err and 'Traceback' not in p.err and not (tmp_path/'other').exists()
 
@@ -311,6 +311,11 @@ def test_some_of_the_spots(files, tmp_path, capsys):
     assert some == same != other and len(set(some)) == 10 and commands._some(s, 10_000, 0) is s
     with pytest.raises(InputError, match='max_spots'): histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'b'), max_spots=0)
     assert not (tmp_path/'b').exists()
+
+def test_remembered_or_predicted(files, model, tmp_path, capsys):
+    for name,said in (('X1', True), ('Y1', False)):
+        histogene_predict(str(model), str(files/f'{name}.h5ad'), out=str(tmp_path/f'{name}.h5ad'))
+        assert ('how well it was remembered' in capsys.readouterr().out) == said
 
 def test_sections_that_teach_the_array_twice(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files)
