@@ -111,7 +111,7 @@ def check(
 # %% ../nbs/workshop/workshop.ipynb #c0000007
 def solved(
     exercise:str, # its number
-):
+)->object: # a number, a name, an array or a function: whatever the exercise asks for
     "A right answer of an exercise, for what follows it"
     names = inspect.currentframe().f_back.f_globals
     return _known(_maker(exercise, names), names)['right']
