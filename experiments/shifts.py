@@ -7,7 +7,7 @@ spots and by shifts. Over the sections, genes are ranked by the mean of -log10 p
 """
 import json, time
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from scipy.stats import norm
 import histogene_nb
 from histogene_nb.evaluation import as_prediction, gene_correlations, position_baseline
