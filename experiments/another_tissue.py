@@ -25,7 +25,7 @@ from histogene_nb.position import grid_positions
 from histogene_nb.readers import read_section
 from histogene_nb.sections import place
 
-results, command = Path(histogene_nb.__file__).parent/'results'/'another', 'experiments/another_tissue.py'
+results, command = Path(histogene_nb.__file__).parent/'results'/'another_tissue', 'experiments/another_tissue.py'
 SMALL = dict(epochs=400, lr=1e-3, patch_size=28, dim=128, depth=2, heads=4)     # a spot of the bulb is 29 pixels wide; steps were chosen on training losses alone
 TISSUES = {'bulb': dict(sections=['MOB_Rep1', 'MOB_Rep2'], min_spots=27, superres=4, genes=['Penk', 'Doc2g', 'Kctd12', 'Slc17a7']),
            'colon': dict(sections=['left', 'right'], min_spots=110, superres=None, genes=['Tagln', 'Igha', 'Mptx1', 'Cyp2c55'])}
