@@ -23,6 +23,7 @@ from histogene_nb.evaluation import as_prediction, gene_correlations, position_b
 from histogene_nb.expression import SCALES, common_genes, normalize, read_panel, select_panel
 from histogene_nb.files import data_folder
 from histogene_nb.her2st import her2st_catalogue, read_her2st
+from histogene_nb.measures import thin
 from histogene_nb.sections import leave_one_out
 from histogene_nb.texture import colour_numbers, ridge_baseline
 
@@ -71,14 +72,12 @@ def one_teacher(out, read, panel):
 
 def thinned(measured, panel):
     "Mean r of ridge regression on colours, taught by one section, whole or with as few molecules a spot as B4 has (median)"
-    some, rng = {n: measured[n] for n in sections}, np.random.default_rng(0)
+    some = {n: measured[n] for n in sections}
     molecules = {n: np.median(np.asarray(s.X.sum(1))) for n,s in some.items()}
     numbers, known = {n: colour_numbers(s) for n,s in some.items()}, {n: normalize(s, panel) for n,s in some.items()}
     rows = []
     for a in some:
-        few = some[a].copy()
-        few.X = few.X.tocsr().copy()
-        few.X.data = rng.binomial(np.rint(few.X.data).astype(int), molecules['B4']/molecules[a]).astype(np.float32)
+        few, _ = thin(some[a], min(1, molecules['B4']/molecules[a]))
         for depth,Y in {'whole': known[a].X, "as few as B4's": normalize(few, panel).X}.items():
             for b in some:
                 predicted = as_prediction(known[b], ridge_baseline([numbers[a]], [Y], numbers[b]), [known[a]], 'ridge on colours')

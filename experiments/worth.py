@@ -19,9 +19,8 @@ from histogene_nb.depth import log_total, without_depth
 from histogene_nb.expression import normalize, read_panel
 from histogene_nb.files import data_folder
 from histogene_nb.folds import finished_folds, provenance, read_prediction
-from histogene_nb.measures import neighbour_graph
+from histogene_nb.measures import neighbour_graph, thin
 from histogene_nb.methods import baselines, depth_maps, ridges, texture_model
-from histogene_nb.measures import thin
 from histogene_nb.worth import from_molecules, learn_patterns, worth
 from leaderboard import own, sections, slow
 

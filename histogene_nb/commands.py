@@ -83,7 +83,7 @@ def _read(given, root, verbose=True):
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
     return Path(sys.argv[0]).stem == name
 
-_GO_ON = {'histogene_train': 'Give the same command again to go on from the last checkpoint.',
+_GO_ON = {'histogene_train': 'Give the same command again to go on from the last checkpoint, where there is one.',
           'histogene_download': 'Give the same command again to go on: complete files are kept.',
           'histogene_reproduce': 'Give the same command again to go on: finished folds are kept.'}
 
@@ -218,8 +218,10 @@ def _believe(net, data, folds, out, device, file, cache, settings):
     from histogene_nb.devices import processes
     from histogene_nb.interface import gene_trust, save_pretrained, trust_summary
     try: gene_trust(net, data, folds, device, file, cache, **settings)
-    except InputError as e: raise InputError(
-        f'{e} The model itself is trained, and in {out}; which of its genes to believe is not known.') from e
+    except InputError as e:
+        again = 'The same command goes on' if Path(file).exists() else 'Train in another folder (--out)'
+        raise InputError(f'{e} The model itself is trained, and in {out}; which of its genes to believe is '
+                         f'not known. {again}, or leave --trust-folds out.') from e
     if processes()[0]: return
     save_pretrained(net, out)
     print(trust_summary(net))

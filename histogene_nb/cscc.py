@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 from .files import InputError, whole_file
 from .progress import working
-from .her2st import find_file, join_counts
+from .her2st import _left_out, find_file, join_counts
 from .matching import count_on_tissue, image_notes
 from .position import note_um
 from .sections import check_counts, new_section, place, section_name
@@ -74,6 +74,7 @@ def read_cscc(
     spots = find_file(root, name, 'spot file', f'*spot_data-selection-{name}.tsv',
                       f'*spot_data-selection-{name}.tsv.gz')
     joined, _, left_out = join_counts(counts, spots)
+    given = image is not None
     image = image or find_file(root, name, 'image', f'*_{name}.jpg', f'{_short(name)}_0.*.jpg', needed=False)
     scale = float(m[1]) if image and (m := re.search(r'_(0\.\d+)$', Path(image).stem)) else 1.
     joined['spatial'] = joined['spatial']*scale
@@ -82,7 +83,7 @@ def read_cscc(
                           source='cutaneous squamous cell carcinoma, GSE144240')
     section.uns['histogene'].update(left_out, image_scale=scale)
     note_um(section, 150)
-    if scale != 1: count_on_tissue(section)
+    if given or scale != 1: count_on_tissue(section)
     if verbose: print('; '.join([_said(section), *image_notes(section)]))
     return section
 
@@ -91,7 +92,7 @@ def _short(name): return name.replace('_ST_rep', '_')
 def _said(section):
     "What was read and left out"
     h = section.uns['histogene']
-    off = [f'{h.get("off_image")} off the image, left out']*('off_image' in h)
+    off = [f'{h["off_image"]} {_left_out["off_image"]}']*bool(h.get('off_image'))
     return '; '.join([f'{section_name(section)}: {len(section)} spots under tissue, '
                       f'{h["counts_without_spot"] + h.get("not_in_tissue", 0)} beside it',
                       f'{h["spots_without_counts"]} selected without counts', *off, f'{section.n_vars} genes'])

@@ -152,8 +152,9 @@ def as_rgb(
     return white
 
 # %% ../nbs/tissue/images.ipynb #fbb2cc33
-for library in 'tifffile', 'PIL':                    # we say ourselves what is wrong with a file
-    logging.getLogger(library).addHandler(logging.NullHandler())
+# we say ourselves what is wrong with a file
+for log in map(logging.getLogger, ('tifffile', 'PIL')): log.addHandler(logging.NullHandler())
+del log
 with suppress(OSError, AttributeError):              # and libtiff, which prints from C
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 

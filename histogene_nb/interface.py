@@ -249,7 +249,9 @@ def _compare(model, sections, examples, device):
                 y = Y[some := some[::every]].numpy().astype(np.float64)
                 error += ((run_model(model, tuple(t[some] for t in seen), device, 'float32') - y)**2).sum(0)
                 n, total, squares = n + len(y), total + y.sum(0), squares + (y**2).sum(0)
-    except InputError as e:                          # the training itself is not to be lost
+    except InputError as e:
+        if not isinstance(e.__cause__, (MemoryError, RuntimeError)): raise         # the model is no good
+        # for want of memory the training itself is not to be lost
         print(f'{model.name} is trained, but how well it learned cannot be told: {e}')
         return
     each = dict(error=(error/n).mean(), mean_error=(squares/n - (total/n)**2).clip(0).mean())
@@ -276,8 +278,8 @@ def learned(
 def _check_folds(folds, sections):
     "Raise `InputError` unless the sections can be parted so"
     if not 2 <= folds <= len(sections): raise InputError(
-        'Which genes to believe is learned by leaving out part of the training sections: trust_folds is '
-        f'from 2 to their number, here {len(sections)}, not {folds}. Give another, or leave it out.')
+        'Which genes to believe is learned by leaving out parts of the training sections: folds '
+        f'(trust_folds) is from 2 to their number, here {len(sections)}, not {folds}. Give another.')
 
 # %% ../nbs/models/interface.ipynb #7d3e5a12
 def gene_trust(
@@ -291,6 +293,9 @@ def gene_trust(
 )->pd.DataFrame: # by gene: mean r over left-out sections, its spread (sd), its share of the ceiling
     "How well each gene is predicted on training sections that are left out (inner folds)"
     _check_folds(folds, sections)
+    given, known = ([*map(section_name, sections)], model.known('sections'))
+    if sorted(given) != sorted(known): raise InputError(
+        f'gene_trust takes the sections that the model was trained on, {", ".join(known)}, not {", ".join(given)}.')
     kind, panel, normalization = type(model), model.known('genes'), model.known('normalization')
     r, best, settings = [], [], {**kind.suited(sections), **settings}
     for i in range(folds):

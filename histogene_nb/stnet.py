@@ -243,6 +243,19 @@ def learn(self:STNet,
     return fit(self, examples, epochs, lr, seed, device, augment, checkpoint, every, one_pass=passes,
                precision=precision)
 
+# %% ../nbs/models/stnet.ipynb #st-count
+def _count_patch(model):
+    "Operations on one patch, and the bytes that the way back needs: of the largest tensor, and together"
+    kept, was, size = {}, model.backbone.training, model.config['patch_size']
+    def note(t):
+        if not isinstance(t, nn.Parameter): kept[t.untyped_storage().data_ptr()] = t.nbytes
+        return t
+    one = model.pixels(torch.zeros(1, 3, size, size, device=device_of(model))).requires_grad_()
+    with FlopCounterMode(display=False) as count, torch.enable_grad(), saved_tensors_hooks(note, lambda t: t):
+        held = model.backbone.eval()(one)                             # what it keeps is counted while it is held
+    model.backbone.train(was)
+    return count.get_total_flops(), max(kept.values()), sum(kept.values())
+
 # %% ../nbs/models/stnet.ipynb #st-cost
 @patch
 def cost(self:STNet,
@@ -250,18 +263,12 @@ def cost(self:STNet,
     train:bool=False, # for an epoch of training; else to predict them
 )->tuple: # floating-point operations and bytes
     "What it takes, in batches of 32: that of one patch, as torch counts it, times n"
-    kept, was, size = {}, self.backbone.training, self.config['patch_size']
-    def note(t):
-        if not isinstance(t, nn.Parameter): kept[t.untyped_storage().data_ptr()] = t.nbytes
-        return t
-    one = self.pixels(torch.zeros(1, 3, size, size, device=device_of(self)))
-    with FlopCounterMode(display=False) as count, torch.enable_grad(), saved_tensors_hooks(note, lambda t: t):
-        held = self.backbone.eval()(one)                              # what it keeps is counted while it is held
-    self.backbone.train(was)
+    if not hasattr(self, '_one_patch'): self._one_patch = _count_patch(self)
+    operations, largest, together = self._one_patch
     # convolutions run at half the rate of a matrix product, as measured on a processor
-    work, weights = 2*n*count.get_total_flops(), sum(w.numel() for w in self.parameters())
-    if not train: return self.config['views']*work, 32*3*max(kept.values())
-    return 3*work, 16*weights + 32*sum(kept.values())
+    work, weights = 2*n*operations, sum(w.numel() for w in self.parameters())
+    if not train: return self.config['views']*work, 32*3*largest
+    return 3*work, 16*weights + 32*together
 
 # %% ../nbs/models/stnet.ipynb #10e2e790
 @patch

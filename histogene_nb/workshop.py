@@ -114,14 +114,16 @@ def solved(
 )->object: # a number, a name, an array or a function: whatever the exercise asks for
     "A right answer of an exercise, for what follows it"
     names = inspect.currentframe().f_back.f_globals
-    return _known(_maker(exercise, names), names)['right']
+    right = _known(_maker(exercise, names), names)['right']
+    if right is None: raise InputError(f'Exercise {exercise} has many right answers, and none of them is kept.')
+    return right
 
 # %% ../nbs/workshop/workshop.ipynb #c0000010
 def check_all():
     "Print how the exercises of each lesson stand that was begun in this notebook"
     answers = vars(importlib.import_module('histogene_nb._answers'))
     every = [n.removeprefix('exercise_').replace('_', '.') for n in answers if n.startswith('exercise_')]
-    for lesson in sorted({e[0] for e in standing}):
+    for lesson in sorted({e[0] for e in standing} & {e[0] for e in every}):
         of_it = [e for e in every if e[0] == lesson]
         def those(state): return [e for e in of_it if standing.get(e, 'open') == state]
         rest = [f"; {s}: {', '.join(those(s))}" for s in ('not yet', 'open') if those(s)]

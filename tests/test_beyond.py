@@ -144,12 +144,15 @@ def test_which_genes_to_believe(made, tmp_path):
 def test_where_nothing_is_known_of_genes(made):
     _, (a, b, _), panel, model = made
     assert 'on one section, so none could be left out' in trust_summary(model) and not len(predict(model, a).var.columns)
-    assert 'trust_folds is from 2 to their number, here 1, not 2. Give' in refused(gene_trust, model, [a], 2)
+    assert 'folds (trust_folds) is from 2 to their number, here 1, not 2. Give' in refused(gene_trust, model, [a], 2)
     for folds in (0, 1, 3, -1): assert 'trust_folds' in refused(gene_trust, model, [a, b], folds)
 
 def test_a_training_is_not_lost_for_a_comparison(made, monkeypatch, capsys):
-    def ends(*_): raise InputError('There is no memory.')
+    def ends(*_): raise InputError('There is no memory.') from why
     monkeypatch.setattr('histogene_nb.interface.run_model', ends)
+    why = ValueError()                                           # the model is no good: that is said, and nothing saved
+    assert 'There is no memory.' in refused(HisToGene.train_on, made[1][:1], made[2], **TINY)
+    why = MemoryError()
     model, losses = HisToGene.train_on(made[1][:1], made[2], **TINY)
     assert len(losses) == 2 and 'HisToGene is trained, but how well it learned cannot be told: There is no memory.' in capsys.readouterr().out
     assert learned(model) == 'HisToGene: how well it learned is not known'
@@ -186,10 +189,10 @@ def test_each_predictions_trust_is_drawn():
 def test_pathways_of_genes_that_none_ranked(made):
     import pandas as pd
     from histogene_nb.fold_tables import best_pathways
-    r = pd.DataFrame(np.nan, pd.Index(['A', 'B'], name='gene'), pd.MultiIndex.from_tuples([('training mean', 'X1')]))
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr('histogene_nb.fold_tables._best', lambda tables: {})
-        assert 'no best genes. Run another method' in refused(best_pathways, dict(r=r), {'some': ['A']})
+    columns = pd.MultiIndex.from_tuples([('training mean', 'X1', 'X1', 0, 9), ('training mean', 'Y1', 'Y1', 0, 9)],
+                                        names=['method', 'fold', 'section', 'seed', 'n'])
+    tables = dict(run=dict(sections=dict(X1='X', Y1='Y')), r=pd.DataFrame(np.inf, pd.Index(['A', 'B'], name='gene'), columns))   # inf: undefined
+    assert 'no best genes. Run another method' in refused(best_pathways, tables, {'some': ['A']})
 
 def test_folds_of_a_killed_training_are_kept(made, tmp_path):
     _, (a, b, _), panel, _ = made

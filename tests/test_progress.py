@@ -137,7 +137,7 @@ def test_what_the_transformers_on_textures_cost_is_twice_what_torch_counts():
 def test_looking_at_tissue_is_foretold_unless_it_is_kept(monkeypatch, capsys, tmp_path):
     (section,), textures = synthetic_sections(tmp_path, ['X1']), Textures()
     monkeypatch.setattr('histogene_nb.devices.operations', lambda *_: 1e11)
-    monkeypatch.setattr('histogene_nb.texture._A_PIXEL', 6.1e12/(len(section)*40**2))    # windows of 24, a rim of 8 around each
+    monkeypatch.setattr('histogene_nb.texture._A_PIXEL', 6.15e12/(len(section)*40**2))    # windows of 24, a rim of 8 around each
     for _ in range(2): texture_numbers(textures, section, (1.,), 24, cache=tmp_path/'cache')
     assert re.fullmatch(rf'Looking at {len(section)} places takes about 01:01 and \d\.\d GB of memory\n', capsys.readouterr().out)
 

@@ -66,6 +66,7 @@ def typed(shell):
             ran = run(script, path, *words[1:], context=fork)
             print(ran.out + ran.err, end='')
             shell.user_ns['_exit_code'] = ran.returncode
+            if ran.returncode is None: raise TimeoutError(f'still running: {line}')
             if ran.returncode: break
     return system
 
