@@ -92,7 +92,7 @@ def _short(name): return name.replace('_ST_rep', '_')
 def _said(section):
     "What was read and left out"
     h = section.uns['histogene']
-    off = [f'{h["off_image"]} {_left_out["off_image"]}']*bool(h.get('off_image'))
+    off = [f'{h["off_image"]} {_left_out["off_image"]}'] if h.get('off_image') else []
     return '; '.join([f'{section_name(section)}: {len(section)} spots under tissue, '
                       f'{h["counts_without_spot"] + h.get("not_in_tissue", 0)} beside it',
                       f'{h["spots_without_counts"]} selected without counts', *off, f'{section.n_vars} genes'])
