@@ -132,7 +132,7 @@ def test_interrupted_and_continued(files, tmp_path):
     process.send_signal(signal.SIGINT)
     finish(process)
     assert process.returncode == 1 and 'Traceback' not in process.err
-    assert process.err.strip().splitlines()[-1] == 'histogene_train: interrupted. Give the same command again to go on from the last checkpoint.'
+    assert process.err.strip().splitlines()[-1] == 'histogene_train: interrupted. Give the same command again to go on from the last checkpoint, where there is one.'
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     from safetensors import safe_open
     with safe_open(file, 'pt') as f: done = len(json.loads(f.metadata()['state'])['losses'])
