@@ -21,9 +21,11 @@ class SmallCNN(SpotModel):
         dim:int=64, # channels
     ):
         super().__init__(n_genes=n_genes, px=px, width=width, dim=dim)    # so that it can be made again
-        layer = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU())
+        layer = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1),
+                                           nn.BatchNorm2d(b), nn.ReLU())
         self.net = nn.Sequential(layer(3, dim), layer(dim, dim), layer(dim, dim),
                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, n_genes))
     def look(self, section, cache=None):
-        return (extract_patches(section, self.config['px'], cache=cache, width=self.config['width']),)    # uint8 (n, 3, px, px)
+        px, width = self.config['px'], self.config['width']
+        return (extract_patches(section, px, cache=cache, width=width),)              # uint8 (n, 3, px, px)
     def forward(self, patches): return self.net(patches/255 - .5)                     # (n, n_genes)
