@@ -42,7 +42,7 @@ def more_counts(*args, **options):
 
 fast = {'texture': texture_model, 'texture, array from more counts': more_counts, 'texture without array': partial(texture_model, use_array=False), 'texture, one transformer': partial(texture_model, members=1)}
 
-def write_table(table, name, keys):
+def write_table(table, name, keys, results=results):
     "Into the package's table, in place of its rows with the same keys"
     path = results/f'{name}.csv'
     if path.is_file():

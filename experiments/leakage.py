@@ -71,17 +71,18 @@ def one_teacher(out, read, panel):
     return means(pd.concat(rows), ['method', 'training', 'section', 'n_training_spots'])
 
 def thinned(measured, panel):
-    "Mean r of ridge regression on colours, taught by one section, whole or with as few molecules a spot as B4 has (median)"
+    "Mean r of ridge regression on colours, taught by one section, whole or thinned to as few molecules a spot as B4's mean, or as its median"
     some = {n: measured[n] for n in sections}
-    molecules = {n: np.median(np.asarray(s.X.sum(1))) for n,s in some.items()}
+    totals = {n: np.asarray(s.X.sum(1)).ravel() for n,s in some.items()}
+    mean, median = ({n: f(t) for n,t in totals.items()} for f in (np.mean, np.median))
     numbers, known = {n: colour_numbers(s) for n,s in some.items()}, {n: normalize(s, panel) for n,s in some.items()}
     rows = []
     for a in some:
-        few, _ = thin(some[a], min(1, molecules['B4']/molecules[a]))
-        for depth,Y in {'whole': known[a].X, "as few as B4's": normalize(few, panel).X}.items():
+        few = lambda of: normalize(thin(some[a], min(1, of['B4']/of[a]))[0], panel).X
+        for molecules,Y in {'whole': known[a].X, "B4's mean": few(mean), "B4's median": few(median)}.items():
             for b in some:
                 predicted = as_prediction(known[b], ridge_baseline([numbers[a]], [Y], numbers[b]), [known[a]], 'ridge on colours')
-                if a != b: rows.append(dict(training=a, molecules=depth, median=molecules[a] if depth == 'whole' else molecules['B4'], section=b, r=gene_correlations(known[b], predicted).r.mean()))
+                if a != b: rows.append(dict(training=a, molecules=molecules, mean=mean[a], median=median[a], section=b, r=gene_correlations(known[b], predicted).r.mean()))
     return pd.DataFrame(rows)
 
 def panels(out, read, catalogue, published):

@@ -21,7 +21,7 @@ from histogene_nb.folds import finished_folds, fold_name, provenance, read_score
 from histogene_nb.methods import spot_model
 from histogene_nb.model import HisToGene
 from histogene_nb.training import fit
-from leaderboard import sections
+from leaderboard import sections, write_table
 
 results = Path(histogene_nb.__file__).parent/'results'/'paper_steps'
 name, stops = 'HisToGene from the mean', (400, 1000, 3100)
@@ -62,12 +62,7 @@ def write(out):
                                  for f,n,k in at]),
             'genes': pd.concat([by_gene(f['folder']).assign(fold=n, seed=f['seed']) for f,n,_ in at])}
     results.mkdir(exist_ok=True)
-    for table,new in made.items():
-        file, key = results/f'{table}.csv', ['fold', 'seed']
-        if file.is_file():
-            old = pd.read_csv(file, float_precision='round_trip')
-            new = pd.concat([old[~old.set_index(key).index.isin(new.set_index(key).index)], new])
-        new.to_csv(file, index=False)
+    for name,table in made.items(): write_table(table, name, ['fold', 'seed'], results)
 
 def main(folder, *folds):
     start, out = time.perf_counter(), Path(folder)

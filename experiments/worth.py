@@ -61,7 +61,7 @@ def small(section, panel):
     return out
 
 def mean_r(Y, P, W):
-    "Mean over genes of r over spots, for each row of weights: (n, genes) twice, (samples, n) -> (samples,)"
+    "Mean over genes of r over spots, as `gene_correlations` has it, for each row of weights: (n, genes) twice, (samples, n) -> (samples,)"
     W = W/W.sum(1, keepdims=True)
     y, p = Y - Y.mean(0), P - P.mean(0)
     my, mp = W @ y, W @ p

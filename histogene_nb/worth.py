@@ -27,7 +27,7 @@ def learn_patterns(
     "The patterns that the training sections' expression is mostly made of (truncated SVD)"
     together = np.concatenate([_centred(s, panel) for s in training])
     if not 1 <= n <= min(together.shape): raise InputError(
-        f'There are 1 to {min(together.shape)} patterns, not {n}.')
+        f'{n} patterns cannot be learned from these sections. Give n from 1 to {min(together.shape)}.')
     return pd.DataFrame(np.linalg.svd(together, full_matrices=False)[2][:n].T, index=panel)
 
 # %% ../nbs/judging/worth.ipynb #3c467df6
