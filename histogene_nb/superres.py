@@ -134,13 +134,13 @@ def predict_dense(
     centres, where = dense_grid(mask, scale, d, factor)
     if grid is None: grid, tile, first = without_array(model, centres/d, tile)
     else: centres, where, beyond = _on_its_array(model, section, grid, centres, where)
-    at, X = on_array(centres, d, grid), np.empty((len(centres), len(model.known('genes'))), dtype=np.float32)
+    X = np.empty((len(centres), len(model.known('genes'))), dtype=np.float32)
     some, padded = list(parts(model, centres/d, tile)), 0
     foretell(model, some, device, precision)
     with working('prediction', some, 'part') as some:
         for seen,kept in some:
-            own = 0 if first is None else at[seen].min(0) - first    # positions that begin at the tile's corner
-            here = between_spots(section, centres[seen], np.r_[grid[:2], grid[2:] - own])
+            here = between_spots(section, centres[seen], grid)
+            if first is not None: here.obs += first - here.obs.min()   # begin at the tile's corner
             X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
             padded += here.uns['histogene'].get('n_padded', 0)
     out = _sub_patches(model, section, X, centres, where, factor, grid, (mask, scale))
