@@ -688,7 +688,7 @@ def histogene_download(
     sections:_words( # such as B4 C2, or ['cscc']; all 36 HER2+ unless given
         'Sections, such as B4 C2, or the one word cscc (default: all 36 HER2+)', opt=False, nargs='*')=None,
     root:str=None, # Folder to fill (default: where the other commands look)
-    images:bool=True, # The full-resolution images too
+    images:bool=True, # With the full-resolution images; --no-images leaves them out
 ):
     "Download HER2+ breast cancer sections, or the cSCC series"
     if list(sections or ()) != ['cscc']: published_sections(sections or ())

@@ -269,9 +269,10 @@ def learned(
     text = (f"{model.name}: mean squared error {error:.3g} on its {n} training section{'s'*(n > 1)}, "
             f"where each gene's mean has {mean:.3g}")
     if error < mean: return text
-    steps = how['epochs']*n/how.get('batch', 1) if 'epochs' in how and not model.alone else np.inf
-    more = (f'It took {steps:.0f} steps, the paper 3,100: give epochs={-(-3100*how.get("batch", 1)//n):.0f} '
-            '(--epochs)' if steps < 3100 else 'Train longer')
+    a_pass = -(-n//how.get('batch', 1))                             # steps in an epoch
+    steps = how['epochs']*a_pass if 'epochs' in how and not model.alone else np.inf
+    more = (f'It took {steps:.0f} steps, the paper 3,100: give epochs={-(-3100//a_pass):.0f} (--epochs)'
+            if steps < 3100 else 'Train longer')
     return f'{text}: worse than that mean alone. {more}, or a larger learning rate (lr, --lr).'
 
 # %% ../nbs/models/interface.ipynb #7d3e5a02

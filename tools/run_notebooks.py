@@ -68,7 +68,7 @@ def lighter(output):
     if picture is None: return output
     made, image = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(picture))).convert('RGBA')
     white = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    white.quantize(256, method=Image.Quantize.MEDIANCUT).save(made, 'png', optimize=True)
+    white.quantize(256, kmeans=2).save(made, 'png', optimize=True)
     small = base64.b64encode(made.getvalue()).decode()
     if len(small) < len(picture): output['data']['image/png'] = small
     return output
