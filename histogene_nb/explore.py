@@ -54,7 +54,7 @@ def _bytes(weight):
 
 # %% ../nbs/judging/explore.ipynb #4b1d0a31
 # a ring around what the keyboard is at; the parts of a figure see no style of the page around it
-_RING = ':host(:focus-visible), :focus-visible { outline: 3px solid #1f66b6 !important; outline-offset: 2px }'
+_RING = ':host(:focus-visible), :focus-visible { outline: 3px solid #1f66b6 !important; outline-offset: -3px }'
 
 def _arrow_keys(fig, spots, target):
     "Once the map stands: arrow keys choose the nearest spot in their direction"
