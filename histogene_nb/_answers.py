@@ -222,7 +222,8 @@ def exercise_3_3(greedy, examples, test_example, Y):
 def exercise_3_4(model, test_example):
     right = run_model(model, test_example[:2], 'cpu')
     def alike(X): return np.corrcoef(np.ravel(X), right.ravel())[0, 1] > .9
-    return dict(right=right, hint='One row a spot, one column a gene.', mistakes={
+    hint = 'Give the model the patches and positions of test_example, as for predicting: see the hint above.'
+    return dict(right=right, hint=hint, mistakes={
         'Those are measured: let the model predict them.': test_example[2],
         'One row a spot, one column a gene: yours are the other way round.': right.T,
         'That is one number a gene: the model gives one for each spot.': right.mean(0),

@@ -9,8 +9,9 @@ __all__ = ['attention_explorer', 'show_figure', 'resolution_slider']
 import base64, io
 import numpy as np
 from anndata import AnnData
+from bokeh.document import Document
 from bokeh.embed import components
-from bokeh.events import Tap
+from bokeh.events import DocumentReady, Tap
 from bokeh.layouts import column, row
 from bokeh.models import (ColorBar, ColumnDataSource, CustomJS, LinearColorMapper, LogColorMapper, Select,
                           Slider)
@@ -37,6 +38,7 @@ def _map(section, title, size):
     fig = figure(title=title, width=size, height=int(size*(y1 - y0)/(x1 - x0)), x_range=(x0, x1),
                  y_range=(y1, y0), match_aspect=True, tools='pan,wheel_zoom,reset', toolbar_location='below')
     fig.axis.visible, fig.grid.visible = False, False
+    fig.html_attributes = {'role': 'img', 'aria-label': title}
     library = section.uns['spatial'][section_name(section)]
     if 'hires' in library['images']:
         image, scale = library['images']['hires'], library['scalefactors']['tissue_hires_scalef']
@@ -50,13 +52,35 @@ def _bytes(weight):
     with np.errstate(divide='ignore'):
         return np.clip(np.round(24*np.log2(weight)) + 128, 0, 255).astype(np.uint8)
 
+# %% ../nbs/judging/explore.ipynb #4b1d0a31
+# a ring around what the keyboard is at; the parts of a figure see no style of the page around it
+_RING = ':host(:focus-visible), :focus-visible { outline: 3px solid #1f66b6 !important; outline-offset: -3px }'
+
+def _arrow_keys(fig, spots, target):
+    "Once the map stands: arrow keys choose the nearest spot in their direction"
+    return CustomJS(args=dict(fig=fig, spots=spots, target=target), code="""
+        const ways = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}
+        cb_context.index.get_one(fig).el.addEventListener('keydown', event => {
+            if (!(event.key in ways) || event.altKey || event.ctrlKey || event.metaKey) return
+            event.preventDefault()
+            event.stopPropagation()
+            const {x, y} = spots.data, t = target.data.spot[0], [right, down] = ways[event.key]
+            let next = t, least = Infinity
+            for (let i = 0; i < x.length; i++) {
+                const dx = x[i] - x[t], dy = y[i] - y[t], far = dx**2 + dy**2, ahead = right*dx + down*dy
+                const there = ahead > 0 && 2*ahead**2 >= far                        // within 45 degrees
+                if (there && far < least) [next, least] = [i, far]
+            }
+            target.data = {x: [x[next]], y: [y[next]], spot: [next]}
+        })""")
+
 # %% ../nbs/judging/explore.ipynb #f1e3cd74
 def attention_explorer(
     section:AnnData, # with spot centres; its small image is drawn where it has one
     maps:np.ndarray, # (depth, heads, n, n) from `attention_maps` with every spot as target
     size:int=560, # width in pixels
 )->column: # a Bokeh layout, for `show_figure`
-    "Tap a spot and see where it looks, by layer and head (paper: figure 5)"
+    "Tap a spot, or go to it with the arrow keys: where it looks, by layer and head (paper: figure 5)"
     maps, n = np.asarray(maps, dtype=float), len(section)
     if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(
         f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. '
@@ -68,7 +92,7 @@ def attention_explorer(
     first = int(np.linalg.norm(xy - np.median(xy, 0), axis=1).argmin())
     spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names),
                                   weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
-    target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1]))
+    target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1], spot=[first]))
     every = ColumnDataSource(dict(weight=weight.ravel()))
     fig, colors = (_map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size),
                    LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999))))
@@ -77,33 +101,46 @@ def attention_explorer(
     fig.circle(x='x', y='y', radius=.75*width, source=target, fill_color=None, line_color='#D55E00',
                line_width=3)
     fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')
-    layer = Select(title='layer', value='1', options=[str(i + 1) for i in range(depth)], width=100)
-    head = Select(title='head', value='mean', options=['mean', *(str(i + 1) for i in range(heads))],
-                  width=100)
+    fig.stylesheets = [_RING]
+    fig.html_attributes = {'tabindex': '0', 'role': 'slider', 'aria-label': 'spot; arrow keys choose another',
+                           'aria-valuemin': '0', 'aria-valuemax': f'{n - 1}', 'aria-valuenow': f'{first}',
+                           'aria-valuetext': fig.title.text}
+    layer, head = (Select(title=title, value=options[0], options=options, width=100, stylesheets=[_RING])
+                   for title,options in (('layer', [str(i + 1) for i in range(depth)]),
+                                         ('head', ['mean', *(str(i + 1) for i in range(heads))])))
+    tap = CustomJS(args=dict(spots=spots, target=target), code="""
+        const {x, y} = spots.data, far = i => (x[i] - cb_obj.x)**2 + (y[i] - cb_obj.y)**2
+        let t = 0
+        for (let i = 1; i < x.length; i++) if (far(i) < far(t)) t = i
+        target.data = {x: [x[t]], y: [y[t]], spot: [t]}""")
     draw = CustomJS(args=dict(spots=spots, target=target, every=every, layer=layer, head=head,
-                              title=fig.title, n=n, heads=heads), code="""
-        const {x, y, spot} = spots.data
-        const at = ([a, b]) => { let best = 0; for (let i = 1; i < n; i++) \
-if ((x[i]-a)**2 + (y[i]-b)**2 < (x[best]-a)**2 + (y[best]-b)**2) best = i; return best }
-        const t = at(cb_obj.event_name == 'tap' ? [cb_obj.x, cb_obj.y] : [target.data.x[0], target.data.y[0]])
-        const k = head.value == 'mean' ? 0 : Number(head.value), \
+                              fig=fig, n=n, heads=heads), code="""
+        const t = target.data.spot[0], k = head.value == 'mean' ? 0 : Number(head.value), \
 start = (((Number(layer.value) - 1)*(heads + 1) + k)*n + t)*n
         spots.data = {...spots.data, weight: \
 Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/24))}
-        target.data = {x: [x[t]], y: [y[t]]}
-        title.text = `spot ${spot[t]}, layer ${layer.value}, ${k ? 'head ' + k : 'mean of all heads'}`""")
-    fig.js_on_event(Tap, draw)
+        const which = k ? `head ${k}` : 'mean of all heads'
+        fig.title.text = `spot ${spots.data.spot[t]}, layer ${layer.value}, ${which}`
+        const {el} = cb_context.index.get_one(fig)
+        el.ariaValueNow = t
+        el.ariaValueText = fig.title.text""")
+    fig.js_on_event(Tap, tap)
+    target.js_on_change('data', draw)
     for choice in (layer, head): choice.js_on_change('value', draw)
-    return column(row(layer, head), fig)
+    return column(row(layer, head), fig, tags=[_arrow_keys(fig, spots, target)])
 
 # %% ../nbs/judging/explore.ipynb #fd426af7
 def show_figure(
-    layout, # from `attention_explorer` or `resolution_slider`
+    layout, # from `attention_explorer` or `resolution_slider`; its tags are what to do once it stands
 )->HTML: # for the notebook to show
     "A Bokeh figure as HTML that works in the site's pages, in Jupyter and in Colab"
+    if layout.document is None:
+        Document().add_root(layout)
+        layout.document.js_on_event(DocumentReady, *layout.tags)
     script, div = components(layout)
     scripts = Resources(mode='cdn', components=['bokeh', 'bokeh-widgets'])
-    return HTML(f'{scripts.render()}\n{div}\n{script}')
+    # Jupyter keeps its arrow keys to itself in there
+    return HTML(f'{scripts.render()}\n<div data-lm-suppress-shortcuts="true">{div}</div>\n{script}')
 
 # %% ../nbs/judging/explore.ipynb #5b99d658
 def resolution_slider(
@@ -131,10 +168,13 @@ def resolution_slider(
                      else fig.circle(radius=width/2, source=source, **look))
     fig.add_layout(ColorBar(color_mapper=colors, title=expression_unit(next(iter(levels.values())))), 'right')
     slider = Slider(start=0, end=max(len(levels) - 1, 1), value=0, step=1, show_value=False,
-                    title=next(iter(levels)), width=size - 60)
-    slider.js_on_change('value', CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider,
-                                                    title=fig.title, gene=gene), code="""
+                    title=next(iter(levels)), width=size - 60, stylesheets=[_RING])
+    draw = CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider, fig=fig, gene=gene), code="""
         marks.forEach((m, i) => m.visible = i == slider.value)
         slider.title = labels[slider.value]
-        title.text = `${gene}: ${labels[slider.value]}`"""))
-    return column(slider, fig)
+        fig.title.text = `${gene}: ${labels[slider.value]}`
+        const {index} = cb_context, {el} = index.get_one(slider)
+        el.shadowRoot.querySelector('[role=slider]').ariaLabel = `resolution: ${labels[slider.value]}`
+        index.get_one(fig).el.ariaLabel = fig.title.text""")
+    slider.js_on_change('value', draw)
+    return column(slider, fig, tags=[draw])

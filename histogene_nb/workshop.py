@@ -16,6 +16,13 @@ def _open(answer):
     if isinstance(answer, (list, tuple)): return len(answer) > 0 and all(_open(a) for a in answer)
     return answer is ... or answer is None
 
+def _plain(answer):
+    "An answer whose tensors have no gradients to keep, as most that is done with numbers wants it"
+    if isinstance(answer, (list, tuple)):
+        inside = [_plain(a) for a in answer]
+        return tuple(inside) if isinstance(answer, tuple) else inside
+    return answer.detach() if hasattr(answer, 'detach') else answer
+
 # %% ../nbs/workshop/workshop.ipynb #7e7a2cd1
 def _array(a):
     "A number, list, array, column or tensor as an array"
@@ -68,6 +75,7 @@ def _judge(
         except Exception as e:
             return 'not yet', f'Your function stops with {type(e).__name__}: {e}. {hint}'
         if _open(answer): return 'open', f'{OPEN} A function that returns nothing is open, too.'
+    answer = _plain(answer)
     if _fits(answer, accepts or right, eps): return 'right', told(answer) if told else ''
     for said,wrong in mistakes.items():
         if _fits(answer, wrong, eps): return 'not yet', said

@@ -1,8 +1,8 @@
 """The built site in a real browser: every page in light, in dark and on a phone, some by keyboard and on paper,
 without an error in the console and without asking for anything from elsewhere."""
-import http.server, json, shutil, threading
+import http.server, json, re, shutil, threading
 from functools import partial
-import pytest
+import numpy as np, pytest
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -169,6 +169,19 @@ def test_on_paper(browser, address, page):
     for href,text in said: assert (text != 'none' and href in text) if href.startswith('http') else text == 'none'
     view(browser)
 
+@pytest.mark.parametrize('page', ['workshop/tissue.html', 'workshop/workshop.html', 'idea/evaluation.html'])
+def test_hand_out(browser, address, page):
+    "Printed, a page has nothing around it, and its hints and answers stand open, which on the screen are folded"
+    hints, around = 'main details:not(.code-fold) > :not(summary)', '#quarto-header, #quarto-sidebar, #quarto-margin-sidebar, #quarto-search, .page-navigation, .page-links'
+    def seen(selector):
+        return browser.execute_script('return [...document.querySelectorAll(arguments[0])].map(e => e.checkVisibility())', selector)
+    view(browser); browser.get(address + page)
+    assert any(seen(around)) and not any(seen(hints))
+    view(browser, 700, media='print')
+    assert not any(seen(around)) and all(seen(hints))
+    assert seen(hints) or page == 'workshop/workshop.html'
+    view(browser)
+
 @pytest.mark.parametrize('where', ['server', 'folder'])
 def test_search_finds_a_function(browser, address, site, where):
     "From the web, and from a copy of the site on a stick"
@@ -238,11 +251,42 @@ def test_attention_explorer_answers_a_tap(explore):
     until(explore, lambda b: 'layer 2' in titles(b)[0])
     assert titles(explore)[0].split(',')[0] == tapped.split(',')[0]                       # still the tapped spot
 
+def focused(browser):
+    "What has the focus, also inside figures; how wide its outline is, and what it is called"
+    return browser.execute_script("""let e = document.activeElement
+        while (e.shadowRoot?.activeElement) e = e.shadowRoot.activeElement
+        const s = getComputedStyle(e), label = e.labels?.[0]?.textContent ?? e.ariaLabel
+        return {role: e.role ?? e.localName, label, text: e.ariaValueText, outline: s.outlineStyle == 'solid' ? parseFloat(s.outlineWidth) : 0}""")
+
+def test_attention_explorer_by_keyboard(explore):
+    "Menus and map are reached with Tab, are seen to be, and say what they are; arrow keys choose a spot in their direction, as far as there are any"
+    def press(key):
+        ActionChains(explore).send_keys(key).perform()
+        return focused(explore)
+    explore.execute_script('arguments[0].focus()', inside(explore, 'select')[0])
+    layer, head, spot = focused(explore), press(Keys.TAB), press(Keys.TAB)
+    assert [layer['label'], head['label']] == ['layer', 'head'] and spot['role'] == 'slider' and 'arrow keys' in spot['label']
+    assert head['outline'] >= 2 and spot['outline'] >= 2
+    place = lambda: np.array(re.match(r'spot (\d+)x(\d+),', titles(explore)[0]).groups(), dtype=int)
+    for key,way in ((Keys.ARROW_RIGHT, (1, 0)), (Keys.ARROW_DOWN, (0, 1)), (Keys.ARROW_LEFT, (-1, 0)), (Keys.ARROW_UP, (0, -1))):
+        before = place()
+        press(key)
+        until(explore, lambda b: (place() != before).any())
+        step = place() - before
+        assert step @ way > 0 and 2*(step @ way)**2 >= step @ step, 'not in the direction of the key'
+        assert focused(explore)['text'] == titles(explore)[0]
+    for _ in range(50): press(Keys.ARROW_LEFT)
+    rim = titles(explore)[0]
+    press(Keys.ARROW_LEFT)
+    assert titles(explore)[0] == rim != spot['text']                                     # nothing lies beyond the rim
+
 def test_resolution_slider_moves(explore):
     assert titles(explore)[1].endswith(': HisToGene')
     handle = inside(explore, '.noUi-handle')[0]
     explore.execute_script('arguments[0].scrollIntoView({block: "center"})', handle)
+    assert handle.get_attribute('aria-label') == 'resolution: HisToGene'
     handle.send_keys(Keys.END)                                                           # to the finest; a drag would miss a page that is still moving
     until(explore, lambda b: titles(b)[1].endswith(': HisToGene_SR'))
+    assert focused(explore)['label'] == 'resolution: HisToGene_SR' and focused(explore)['outline'] >= 2
     shown = explore.execute_script("return Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.type == 'GlyphRenderer' && ['Rect', 'Circle'].includes(m.glyph.type) && m.visible).length")
     assert shown == 2*2 + 2*1                                                            # spots and target of each explorer; one level of each slider
