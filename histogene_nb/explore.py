@@ -18,7 +18,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from IPython.display import HTML
 from PIL import Image
-from .plots import expression_unit, tile
+from .plots import expression_unit, mark_size
 from .files import InputError
 from .sections import section_name
 
@@ -32,7 +32,7 @@ def _picture(image):
 
 def _map(section, title, size):
     "An empty figure in full-resolution pixels, the section's small image in it where there is one"
-    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), tile(section)
+    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), mark_size(section)
     (x0, y0), (x1, y1) = xy.min(0) - width, xy.max(0) + width
     fig = figure(title=title, width=size, height=int(size*(y1 - y0)/(x1 - x0)), x_range=(x0, x1),
                  y_range=(y1, y0), match_aspect=True, tools='pan,wheel_zoom,reset', toolbar_location='below')
@@ -50,38 +50,21 @@ def _bytes(weight):
     with np.errstate(divide='ignore'):
         return np.clip(np.round(24*np.log2(weight)) + 128, 0, 255).astype(np.uint8)
 
-# %% ../nbs/judging/explore.ipynb #f1e3cd74
-def attention_explorer(
-    section:AnnData, # with spot centres; its small image is drawn where it has one
-    maps:np.ndarray, # (depth, heads, n, n) from `attention_maps` with every spot as target
-    size:int=560, # width in pixels
-)->column: # a Bokeh layout, for `show_figure`
-    "Tap a spot and see where it looks, by layer and head (paper: figure 5)"
-    maps, n = np.asarray(maps, dtype=float), len(section)
+# %% ../nbs/judging/explore.ipynb #b167f045
+def _check_maps(maps, section):
+    "Raise `InputError` unless there is a map for every spot"
+    n = len(section)
     if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(
         f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. '
         'Give every spot as target.')
-    depth, heads = maps.shape[:2]
-    # (depth, 1 + heads, n, n): the mean over heads first
-    weight = _bytes(np.concatenate([maps.mean(1, keepdims=True), maps], 1)*n)
-    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), tile(section)
-    first = int(np.linalg.norm(xy - np.median(xy, 0), axis=1).argmin())
-    spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names),
-                                  weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
-    target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1]))
-    every = ColumnDataSource(dict(weight=weight.ravel()))
-    fig, colors = (_map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size),
-                   LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999))))
-    fig.circle(x='x', y='y', radius=width/2, source=spots,
-               fill_color=dict(field='weight', transform=colors), line_color=None)
-    fig.circle(x='x', y='y', radius=.75*width, source=target, fill_color=None, line_color='#D55E00',
-               line_width=3)
-    fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')
-    layer = Select(title='layer', value='1', options=[str(i + 1) for i in range(depth)], width=100)
-    head = Select(title='head', value='mean', options=['mean', *(str(i + 1) for i in range(heads))],
-                  width=100)
-    draw = CustomJS(args=dict(spots=spots, target=target, every=every, layer=layer, head=head,
-                              title=fig.title, n=n, heads=heads), code="""
+
+def _choice(title, options):
+    "A menu; its first option is chosen"
+    options = list(map(str, options))
+    return Select(title=title, value=options[0], options=options, width=100)
+
+# the spot nearest to the tap is the target; its weights, of the layer and head chosen, colour the others
+_LOOK = """
         const {x, y, spot} = spots.data
         const at = ([a, b]) => { let best = 0; for (let i = 1; i < n; i++) \
 if ((x[i]-a)**2 + (y[i]-b)**2 < (x[best]-a)**2 + (y[best]-b)**2) best = i; return best }
@@ -91,7 +74,36 @@ start = (((Number(layer.value) - 1)*(heads + 1) + k)*n + t)*n
         spots.data = {...spots.data, weight: \
 Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/24))}
         target.data = {x: [x[t]], y: [y[t]]}
-        title.text = `spot ${spot[t]}, layer ${layer.value}, ${k ? 'head ' + k : 'mean of all heads'}`""")
+        title.text = `spot ${spot[t]}, layer ${layer.value}, ${k ? 'head ' + k : 'mean of all heads'}`"""
+_RING = dict(fill_color=None, line_color='#D55E00', line_width=3)
+
+# %% ../nbs/judging/explore.ipynb #f1e3cd74
+def attention_explorer(
+    section:AnnData, # with spot centres; its small image is drawn where it has one
+    maps:np.ndarray, # (depth, heads, n, n) from `attention_maps` with every spot as target
+    size:int=560, # width in pixels
+)->column: # a Bokeh layout, for `show_figure`
+    "Tap a spot and see where it looks, by layer and head (paper: figure 5)"
+    maps, n = np.asarray(maps, dtype=float), len(section)
+    _check_maps(maps, section)
+    depth, heads = maps.shape[:2]
+    # (depth, 1 + heads, n, n): the mean over heads first
+    weight = _bytes(np.concatenate([maps.mean(1, keepdims=True), maps], 1)*n)
+    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), mark_size(section)
+    first = int(np.linalg.norm(xy - np.median(xy, 0), axis=1).argmin())
+    spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names),
+                                  weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
+    target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1]))
+    every = ColumnDataSource(dict(weight=weight.ravel()))
+    fig = _map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size)
+    colors = LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999)))
+    fig.circle(x='x', y='y', radius=width/2, source=spots,
+               fill_color=dict(field='weight', transform=colors), line_color=None)
+    fig.circle(x='x', y='y', radius=.75*width, source=target, **_RING)
+    fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')
+    layer, head = _choice('layer', range(1, depth + 1)), _choice('head', ['mean', *range(1, heads + 1)])
+    draw = CustomJS(args=dict(spots=spots, target=target, every=every, layer=layer, head=head,
+                              title=fig.title, n=n, heads=heads), code=_LOOK)
     fig.js_on_event(Tap, draw)
     for choice in (layer, head): choice.js_on_change('value', draw)
     return column(row(layer, head), fig)
@@ -104,6 +116,20 @@ def show_figure(
     script, div = components(layout)
     scripts = Resources(mode='cdn', components=['bokeh', 'bokeh-widgets'])
     return HTML(f'{scripts.render()}\n{div}\n{script}')
+
+# %% ../nbs/judging/explore.ipynb #c869ca9d
+_SLIDE = """
+        marks.forEach((m, i) => m.visible = i == slider.value)
+        slider.title = labels[slider.value]
+        title.text = `${gene}: ${labels[slider.value]}`"""
+
+def _marks(fig, level, values, colors):
+    "A level on the figure: squares where they touch, else circles"
+    xy, (width, touching) = np.asarray(level.obsm['spatial'], dtype=float), mark_size(level)
+    source = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], value=values))
+    look = dict(x='x', y='y', fill_color=dict(field='value', transform=colors), line_color=None)
+    if touching: return fig.rect(width=width, height=width, source=source, **look)
+    return fig.circle(radius=width/2, source=source, **look)
 
 # %% ../nbs/judging/explore.ipynb #5b99d658
 def resolution_slider(
@@ -121,20 +147,12 @@ def resolution_slider(
     colors = LinearColorMapper('Viridis256', low=float(np.percentile(together, 1)),
                                high=float(np.percentile(together, 99)))
     widest = max(levels.values(), key=lambda l: np.ptp(l.obsm['spatial'], axis=0).sum())
-    fig, marks = _map(widest, f'{gene}: {next(iter(levels))}', size), []
-    for i,(label,level) in enumerate(levels.items()):
-        xy, (width, touching) = np.asarray(level.obsm['spatial'], dtype=float), tile(level)
-        source, look = (ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], value=values[label])),
-                        dict(x='x', y='y', fill_color=dict(field='value', transform=colors),
-                             line_color=None, visible=i == 0))
-        marks.append(fig.rect(width=width, height=width, source=source, **look) if touching
-                     else fig.circle(radius=width/2, source=source, **look))
+    fig = _map(widest, f'{gene}: {next(iter(levels))}', size)
+    marks = [_marks(fig, level, values[label], colors) for label,level in levels.items()]
+    for m in marks[1:]: m.visible = False
     fig.add_layout(ColorBar(color_mapper=colors, title=expression_unit(next(iter(levels.values())))), 'right')
     slider = Slider(start=0, end=max(len(levels) - 1, 1), value=0, step=1, show_value=False,
                     title=next(iter(levels)), width=size - 60)
     slider.js_on_change('value', CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider,
-                                                    title=fig.title, gene=gene), code="""
-        marks.forEach((m, i) => m.visible = i == slider.value)
-        slider.title = labels[slider.value]
-        title.text = `${gene}: ${labels[slider.value]}`"""))
+                                                    title=fig.title, gene=gene), code=_SLIDE))
     return column(slider, fig)
