@@ -274,6 +274,12 @@ def _tile(self:TiledImage, col, row):
         return as_rgb(Image.frombytes(self.pixels, (w, h), pixels.tobytes()))
     except Exception as e: raise OSError(f'tile {i}: {e}') from e
 
+# %% ../nbs/tissue/images.ipynb #ad8d025e
+def _slide_tile(slide, level):
+    "Width and height of a slide's tiles, 0 where they are not said"
+    name = f'openslide.level[{level}].tile-'
+    return [int(slide.properties.get(name + side, 0)) for side in ('width', 'height')]
+
 # %% ../nbs/tissue/images.ipynb #b44fe421
 class SlideImage:
     "An image in a scanner's own format, of which only regions are decoded; otherwise like a PIL image in RGB"
@@ -286,27 +292,23 @@ class SlideImage:
         self.filename, self.slide, self.level = str(path), slide, level
         self.size = self.width, self.height = slide.level_dimensions[level]
         self.smaller = [] if level else [SlideImage(path, slide, i) for i in range(1, slide.level_count)]
-        stated, tile = slide.properties, f'openslide.level[{level}].tile-'
-        self.key = stated.get('openslide.quickhash-1', '')    # of all files of the slide
-        side = int(stated.get(tile + 'width', 0)), int(stated.get(tile + 'height', 0))
-        check_pixels(path, *side)      # OpenSlide ends the process when it has no memory for a tile
+        self.key = slide.properties.get('openslide.quickhash-1', '')    # of all files of the slide
+        check_pixels(path, *_slide_tile(slide, level))  # OpenSlide without memory for one ends the process
 
     @property
     def mpp(self): return float(self.slide.properties.get('openslide.mpp-x', 0)) or None
 
+    def crop(self,
+        box:tuple, # left, top, right, bottom, in pixels; right and bottom are not included
+    )->Image.Image: # in RGB, white beyond the edge and where nothing was scanned
+        "A region of the image"
+        (left, top, right, bottom), down = box, self.slide.level_downsamples[self.level]
+        at, size = (round(left*down), round(top*down)), (right - left, bottom - top)
+        try: return as_rgb(self.slide.read_region(at, self.level, size))
+        except OpenSlideError as e: raise OSError(str(e)) from e
+
     def __enter__(self): return self
     def __exit__(self, *error): self.slide.close()
-
-# %% ../nbs/tissue/images.ipynb #4f07a6d9
-@patch
-def crop(self:SlideImage,
-    box:tuple, # left, top, right, bottom, in pixels; right and bottom are not included
-)->Image.Image: # in RGB, white beyond the edge and where nothing was scanned
-    "A region of the image"
-    (left, top, right, bottom), down = box, self.slide.level_downsamples[self.level]
-    at, size = (round(left*down), round(top*down)), (right - left, bottom - top)
-    try: return as_rgb(self.slide.read_region(at, self.level, size))
-    except OpenSlideError as e: raise OSError(str(e)) from e
 
 # %% ../nbs/tissue/images.ipynb #1a16813e
 SLIDES = '.svs', '.ndpi', '.btf', '.qptiff', '.jp2', '.scn', '.mrxs', '.bif'      # scanners' endings
