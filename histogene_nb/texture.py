@@ -157,7 +157,7 @@ def _foretell(looks, device):
     expect(f'Looking at {n} places', (work, 12*160*len(looks)*n), device, 'float32', _ADVICE)
 
 # %% ../nbs/models/texture.ipynb #10823bb2
-def _look(textures, section, looks):
+def _all_windows(textures, section, looks):
     "The numbers of windows of all widths, side by side (n, 160 a width), from the section's image"
     device = device_of(textures)
     _foretell(looks, device)
@@ -186,7 +186,7 @@ def texture_numbers(
     if file and (known := read_array(file, (len(centres), 160*len(windows)), np.float32)) is not None:
         return known
     looks = [(at, side, size, _squares(at - side/2, side, size)) for at,side in checked]
-    numbers = _look(textures, section, looks)
+    numbers = _all_windows(textures, section, looks)
     if file: save_array(file, numbers.numpy())
     return numbers
 
