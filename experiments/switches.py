@@ -74,8 +74,8 @@ def other_stars(model, section, parts, kept):
     centres, _ = dense_grid(mask, scale, d, 4)
     shared = np.clip(.75*d - np.abs(spots[:, None] - centres), 0, d/2).prod(-1)                     # (n, patches): of a spot with the middle quarter of a patch
     X = run_model(model, model.look(between_spots(section, centres, grid), kept))
-    return {'released index': recover_spots(predict_dense(model, section, 4, released_index(section, parts), mask, scale, cache=kept), section),
-            'bounding box': recover_spots(predict_dense(model, section, 4, grid, box, scale, cache=kept), section),
+    return {'released index': recover_spots(predict_dense(model, section, 4, released_index(section, parts), (mask, scale), cache=kept), section),
+            'bounding box': recover_spots(predict_dense(model, section, 4, grid, (box, scale), cache=kept), section),
             'not averaged': predicted_section(model, section, (shared/shared.sum(1, keepdims=True) @ X).astype(np.float32), 'HisToGene*')}
 
 def one_run(training, test, panel, seed, out, checkpoint, normalization='paper', epochs=100, lr=1e-5, augment=False, change=None, positions=None, from_mean=False, parts=None, **options):

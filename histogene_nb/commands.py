@@ -33,6 +33,7 @@ def _samples(file):
     if not rows: raise InputError(f'{file}: there is no section in this table. Give each a line.')
     return [_sample(file, f'{file}, line {n}', row) for n,row in rows]
 
+# %% ../nbs/runs/commands.ipynb #6af35bf4
 def _sample(file, where, row):
     "A line of the table, checked; its paths are relative to the table"
     more = row.pop(None, None)
@@ -50,8 +51,9 @@ def _sample(file, where, row):
     if set('/\\') & set(row.get('name', '')):
         raise InputError(f'{where}: the name {row["name"]} has a slash in it. Give another.')
     if 'spot_width' in row:
-        if not re.fullmatch(r'\d*\.?\d+', row['spot_width']) or not float(row['spot_width']): raise InputError(
-            f'{where}: spot_width is {row["spot_width"]}. It is a number of pixels above 0, such as 112.')
+        width = row['spot_width']
+        if not re.fullmatch(r'\d*\.?\d+', width) or not float(width): raise InputError(
+            f'{where}: spot_width is {width}. It is a number of pixels above 0, such as 112.')
         row['spot_width'] = float(row['spot_width'])
     return row
 
@@ -83,7 +85,8 @@ def _read(given, root, verbose=True):
 def _typed(name): # whether the command `name` was typed in a shell, rather than called
     return Path(sys.argv[0]).stem == name
 
-_GO_ON = {'histogene_train': 'Give the same command again to go on from the last checkpoint, where there is one.',
+_GO_ON = {'histogene_train': 'Give the same command again to go on from the last checkpoint, '
+                              'where there is one.',
           'histogene_download': 'Give the same command again to go on: complete files are kept.',
           'histogene_reproduce': 'Give the same command again to go on: finished folds are kept.'}
 
@@ -116,6 +119,7 @@ def _in_a_shell(text, func):
         text = re.sub(rf'(?<![\w./\\-]){name}(?![\w/\\]|\.\w)', '--' + name.replace('_', '-'), text)
     return text
 
+# %% ../nbs/runs/commands.ipynb #f367730c
 def _shell(func):
     "In a shell, end `func` with one line where the user can put right what is wrong"
     @functools.wraps(func)
@@ -123,7 +127,8 @@ def _shell(func):
         if not _typed(func.__name__): return func(*args, **kwargs)
         rank, name = _torchrun('RANK', 0), func.__name__
         try:
-            with redirect_stdout(io.StringIO() if rank else sys.stdout), working(name): return func(*args, **kwargs)
+            with redirect_stdout(io.StringIO() if rank else sys.stdout), working(name):
+                return func(*args, **kwargs)
         except InputError as e:
             said = _in_a_shell(' '.join(str(e).splitlines()), func)
             sys.exit(f'{name}{f" (process {rank})" if rank else ""}: {said}')
@@ -152,6 +157,7 @@ def _named(words):
         except (ValueError, SyntaxError): found[name] = value
     return found
 
+# %% ../nbs/runs/commands.ipynb #34c4fd82
 def _fits(value, kind): # whether a value is of an annotated type
     kinds = get_args(kind) or (kind,)
     if not set(kinds) <= {int, float, bool, str, tuple, list, type(None)}: return True
@@ -207,6 +213,7 @@ def _check_training(training, more, max_spots, trust_folds):
             'Its counts teach the array once: leave it out there.')
         seen.append(path)
 
+# %% ../nbs/runs/commands.ipynb #d13ceb45
 def _some(section, most, seed):
     "A section, or as many of its spots as are wanted, drawn by a seed"
     n = section.n_obs
@@ -308,6 +315,7 @@ def _is_summary(file):
 
 def _is_table(file): return file.is_file() and file.read_bytes().startswith(_TABLE.encode() + b'\n')
 
+# %% ../nbs/runs/commands.ipynb #79cde0fa
 def _may_write(out):
     "`InputError` unless a prediction may be written there: in the place of an earlier one, or of nothing"
     if not str(out).endswith('.h5ad'): raise InputError(f'--out names an .h5ad file, not {out}.')
@@ -316,6 +324,9 @@ def _may_write(out):
         if file.exists() and not ours(file): raise InputError(
             f'{file}: this file is there already, and histogene_predict did not write it. Move it, or give '
             'the prediction another name with --out, which names its .csv and .json as well.')
+
+# %% ../nbs/runs/commands.ipynb #9ef9b053
+def _called(path): return path.parent.name if path.name == 'outs' else path.stem
 
 def _outputs(given, section, samples, out):
     "A checked file for each prediction"
@@ -327,8 +338,7 @@ def _outputs(given, section, samples, out):
     else:
         if str(out).endswith('.h5ad'):
             raise InputError(f'--out names a folder for the predictions of --samples, not {out}.')
-        paths = [Path(g['path']) for g in given]
-        names = [g.get('name') or (p.parent.name if p.name == 'outs' else p.stem) for g,p in zip(given, paths)]
+        names = [g.get('name') or _called(Path(g['path'])) for g in given]
         for n in names:
             if names.count(n) > 1: raise InputError(
                 f'{samples}: {names.count(n)} sections would be written as {n}.h5ad. '
@@ -338,10 +348,10 @@ def _outputs(given, section, samples, out):
     return files
 
 # %% ../nbs/runs/commands.ipynb #f7793dec
-def _predict_image(net, image, spot_diameter, spot_um, superres, device, cache, tile, precision):
+def _predict_image(net, image, spot_diameter, spot_um, superres, **how):
     "An image's prediction, and nothing to compare it with"
     from histogene_nb.superres import predict_image
-    predicted = predict_image(net, image, spot_diameter, superres, device, cache, tile, spot_um, precision)
+    predicted = predict_image(net, image, spot_diameter, superres, spot_um, **how)
     h = predicted.uns['histogene']
     um = f" = {h['spot_um']:g} micrometres" if 'spot_um' in h else ''
     print(f"1 spot = {h['patch_diameter']:g} pixels{um}")
@@ -355,7 +365,8 @@ def _say_array(net, section, path):
     print(f'{path}: this array counts in steps of {steps[0]} spot diameters, '
           f'those of training in {steps[1]}; positions are places, in the steps of training')
 
-def _predict_section(net, given, root, superres, device, cache, tile, precision):
+# %% ../nbs/runs/commands.ipynb #e9b5ac08
+def _predict_section(net, given, root, superres, **how):
     """A section's prediction, and a function that compares it with the counts, where there are any;
     that it can be compared is seen before"""
     from histogene_nb.evaluation import gene_correlations
@@ -369,15 +380,16 @@ def _predict_section(net, given, root, superres, device, cache, tile, precision)
         f"{given['path']}: none of the model's {len(genes)} genes is in this section. "
         'Do both use gene symbols?')
     observed = normalize(section, known, net.known('normalization')) if known else None
-    predicted = (predict(net, section, device, cache, tile, precision) if superres == 1
-                 else predict_superres(net, section, superres, device, cache, tile, precision))
+    predicted = (predict(net, section, **how) if superres == 1
+                 else predict_superres(net, section, superres, **how))
     def compare():
         at_spots = predicted if superres == 1 else recover_spots(predicted, section)
         found = gene_correlations(observed, at_spots[:, known].copy())
         return at_spots.uns['histogene']['predicted_by'], found
     return predicted, compare if known else None
 
-def _write_prediction(predicted, compare, out, net, command, start, device, precision, **more):
+# %% ../nbs/runs/commands.ipynb #1bb6ca7a
+def _write_prediction(predicted, compare, out, net, **how):
     "A prediction as .h5ad and what made it as .json; how well it fits as .csv, where that can be said"
     from histogene_nb.evaluation import summarize
     from histogene_nb.interface import trust_summary
@@ -391,7 +403,7 @@ def _write_prediction(predicted, compare, out, net, command, start, device, prec
             results = {method: summarize(table)}
     except InputError as e:
         raise InputError(f'{e} The prediction itself is in {out}, and is compared with nothing.') from e
-    finally: _write_files(predicted, table, results, out, net, command, start, device, precision, **more)
+    finally: _write_files(predicted, table, results, out, _made(net, **how))
     print(f'{predicted.n_obs} x {predicted.n_vars} '
           f'({"patches" if "patch_diameter" in predicted.uns["histogene"] else "spots"} x genes) in {out}')
     print(trust_summary(net))
@@ -402,20 +414,26 @@ def _write_prediction(predicted, compare, out, net, command, start, device, prec
         print(f'The model was trained on a section {name}: if it is this one, that says how well it was '
               'remembered. Believe an r of sections that were left out.')
 
-def _write_files(predicted, table, results, out, net, command, start, device, precision, **more):
-    "All files of a prediction; an earlier one's table goes where this one has none"
+# %% ../nbs/runs/commands.ipynb #5dfd4e74
+def _made(net, command, start, device, precision, **more):
+    "What made a prediction, for the record"
     from histogene_nb.devices import default_device, precision_on
-    from histogene_nb.folds import provenance, write_h5ad
+    from histogene_nb.folds import provenance
+    computed = precision_on(default_device(device), precision, net) if net.rounds else 'float32'
+    trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'),
+                   trained_by=net.about.get('provenance'))
+    return {**provenance(command, start, device), 'precision': computed, **trained, **more}
+
+# %% ../nbs/runs/commands.ipynb #b45a0b06
+def _write_files(predicted, table, results, out, made):
+    "All files of a prediction; an earlier one's table goes where this one has none"
+    from histogene_nb.folds import write_h5ad
     beside = out.with_suffix('.csv')
     if table is None: beside.unlink(missing_ok=True)
     else:
         with whole_file(beside) as part: table.round(6).to_csv(part, lineterminator='\n')
-    predicted.uns['histogene']['command'] = command
-    computed = precision_on(default_device(device), precision, net) if net.rounds else 'float32'
-    trained = dict(trained_on=net.about.get('sections'), training=net.about.get('training'),
-                   trained_by=net.about.get('provenance'))
-    text = json.dumps({**provenance(command, start, device), 'precision': computed, **trained, **more,
-                       'results': results}, indent=1)
+    predicted.uns['histogene']['command'] = made['command']
+    text = json.dumps({**made, 'results': results}, indent=1)
     with whole_file(out.with_suffix('.json')) as part:
         part.write_text(text, encoding='utf-8')
         write_h5ad(predicted, out)
@@ -458,8 +476,9 @@ def histogene_predict(
         try:
             predicted, compare = (_predict_section(net, given, root, **how) if given
                                   else _predict_image(net, image, spot_diameter, spot_um, **how))
-            _write_prediction(predicted, compare, file, net, command, start, device, precision,
-                              section=given['path'] if given else str(image), superres=superres)
+            _write_prediction(predicted, compare, file, net, command=command, start=start, device=device,
+                              precision=precision, superres=superres,
+                              section=given['path'] if given else str(image))
         except InputError as e:
             if not samples: raise
             failed[file.stem] = e                # the other sections of the table are predicted all the same
@@ -483,13 +502,15 @@ def _told_apart(paths):
     stems = [Path(p).stem for p in paths]
     return [s if stems.count(s) == 1 else Path(p).with_suffix('').as_posix() for s,p in zip(stems, paths)]
 
+# %% ../nbs/runs/commands.ipynb #8893bb13
 def _to_draw(found, predictions, genes, section, root):
     "Genes to draw, of those that all predictions have, and what was measured of them, if anything"
     from histogene_nb.expression import normalize
     from histogene_nb.plots import genes_to_show
     first, observed, files = found[0], None, ' and '.join(map(str, predictions))
     shown = [g for g in first.var_names if all(g in f.var_names for f in found)]
-    if not shown: raise InputError(f'{files}: these predictions have no gene in common. Draw them one by one.')
+    if not shown: raise InputError(
+        f'{files}: these predictions have no gene in common. Draw them one by one.')
     if section is not None:
         measured = _read(dict(path=section), root)
         shown = [g for g in shown if g in measured.var_names]
@@ -501,7 +522,8 @@ def _to_draw(found, predictions, genes, section, root):
         for p,f in zip(predictions, found):
             if g not in f.var_names: raise InputError(
                 f'{p}: gene {g} is not among the {f.n_vars} predicted, such as '
-                f'{", ".join(f.var_names[:3])}. Leave it out, or draw the other predictions without this one.')
+                f'{", ".join(f.var_names[:3])}. Leave it out, '
+                'or draw the other predictions without this one.')
         if g not in shown: raise InputError(
             f'{section}: gene {g} was not measured in this section. Leave it out, or draw without --section.')
     return genes or genes_to_show([f[:, shown] for f in found], observed), observed
@@ -546,12 +568,13 @@ SYNTHETIC = {n: n[0] for n in ('X1', 'X2', 'Y1', 'Y2')}  # section -> patient
 # a model that learns from four sections in seconds, from patches shrunk to 28 pixels
 _SMALL = dict(epochs=40, lr=1e-3, patch_size=28, dim=128, depth=4, heads=4)
 
+# %% ../nbs/runs/commands.ipynb #abab9b65
 def reader(
     sections:list|None=None, # names or paths; ['synthetic'] or ['cscc']; the released code's 32 unless given
     root:str|Path|None=None, # folder of the data; `data_folder()` unless given
     folder:str|Path='tissue', # where synthetic tissue is drawn
     samples:str|Path|None=None, # table of more sections, see `histogene_train`
-)->tuple: # a function from a name to its section; a table: index section, column patient, '' where it is not said
+)->tuple: # a function from a name to its section; a table of sections, column patient, '' where not said
     "How to read the sections of a run"
     if list(sections or ()) == ['synthetic'] and not samples: return _synthetic(folder)
     if list(sections or ()) == ['cscc'] or not (sections or samples):
@@ -570,6 +593,7 @@ def reader(
         known[name], rows[name] = given, dict(patient=patient)
     return (lambda name: _read(known[name], root, False)), pd.DataFrame.from_dict(rows, orient='index')
 
+# %% ../nbs/runs/commands.ipynb #31078fe3
 def _synthetic(folder):
     "As `reader`, of synthetic tissue"
     import pandas as pd
@@ -579,6 +603,13 @@ def _synthetic(folder):
         if name not in made: made[name] = synthetic_section(folder, name)
         return made[name]
     return read, pd.DataFrame(dict(patient=SYNTHETIC))
+
+# %% ../nbs/runs/commands.ipynb #7bdcf3b7
+def _seconds(function, *args, **kwargs):
+    "What a call takes"
+    start = time.perf_counter()
+    function(*args, **kwargs)
+    return time.perf_counter() - start
 
 # %% ../nbs/runs/commands.ipynb #18d77a2e
 def measured_rates(
@@ -600,16 +631,25 @@ def measured_rates(
     example = (torch.randint(256, (spots, 3, size, size), dtype=torch.uint8),
                torch.randint(64, (spots, 2)), torch.randn(spots, n_genes))
     fit(model, [example], 1, device=device, progress=False)  # warm
-    times = []
-    for epochs in (1, 1 + steps):
-        start = time.perf_counter()
-        fit(model, [example], epochs, device=device, progress=False)
-        times.append(time.perf_counter() - start)
+    def training(epochs): return _seconds(fit, model, [example], epochs, device=device, progress=False)
+    once, more = training(1), training(1 + steps)
     dense = (torch.zeros(1, 3, size, size, dtype=torch.uint8).expand(patches, -1, -1, -1),
              torch.zeros(patches, 2, dtype=torch.long))
-    start = time.perf_counter()
-    run_model(model, dense, device)
-    return dict(train=(times[1] - times[0])/steps/spots, predict=(time.perf_counter() - start)/patches)
+    return dict(train=(more - once)/steps/spots, predict=_seconds(run_model, model, dense, device)/patches)
+
+# %% ../nbs/runs/commands.ipynb #2f650580
+def _chosen(methods, every):
+    "Of the methods there are, those that are wanted, and models of one's own, by their names"
+    from histogene_nb.interface import model_class
+    chosen = list(every)[:3] if methods == 'all' else [m.strip() for m in methods.split(',')]
+    for m in chosen:
+        if ':' in m: every[m] = model_class(m)
+        if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, '
+                                            'and your own models as module:Class.')
+    named = {getattr(every[m], 'name', m): every[m] for m in chosen}
+    if len(named) < len(chosen): raise InputError(f'Two of the methods {methods} have '
+                                            'the same name. Give your class another.')
+    return named
 
 # %% ../nbs/runs/commands.ipynb #0799b372
 @call_parse
@@ -625,7 +665,7 @@ def histogene_reproduce(
     methods:str='all', # With commas: baselines, HisToGene, ST-Net (all: these), ridge, texture, module:Class
     panel:str=None, # File of genes to predict (default: the paper's rule, in each training fold)
     n_top:int=None, # That rule: highly variable genes per section (default: 1000; synthetic: 120)
-    min_spots:int=None, # That rule: spots in which a gene must be expressed (1000 or an eighth; synthetic: 150)
+    min_spots:int=None, # That rule: spots in which a gene must be expressed (1000, an eighth; synthetic: 150)
     only:str=None, # Folds to run, by the sections left out, such as C3; separated by commas (default: all)
     seeds:int=1, # Models per fold
     epochs:int=None, # Passes over the sections of HisToGene (default: 100; synthetic: 40)
@@ -651,7 +691,6 @@ def histogene_reproduce(
     from histogene_nb.crossval import cross_validate, duration
     from histogene_nb.fold_tables import tables_made, write_tables
     from histogene_nb.methods import baselines, histogene, ridges, spot_model, texture_model
-    from histogene_nb.interface import model_class
     from histogene_nb.expression import read_panel
     from histogene_nb.tissue import GENES
     given = lambda **options: {k: v for k,v in options.items() if v is not None}
@@ -662,15 +701,9 @@ def histogene_reproduce(
     every = {'baselines': baselines, 'HisToGene': partial(histogene, **histogene_as),
              'ST-Net': partial(spot_model, kind='ST-Net', **stnet_as), 'ridge': ridges,
              'texture': texture_model}
-    chosen = list(every)[:3] if methods == 'all' else [m.strip() for m in methods.split(',')]
-    for m in chosen:
-        if ':' in m: every[m] = model_class(m)
-        if m not in every: raise InputError(f'There is no method {m}; there are {", ".join(every)}, '
-                                            'and your own models as module:Class.')
-    named = {getattr(every[m], 'name', m): every[m] for m in chosen}
-    if len(named) < len(chosen): raise InputError(f'Two of the methods {methods} have '
-                                            'the same name. Give your class another.')
-    rule = {**(dict(n_top=120, min_spots=150) if synthetic else {}), **given(n_top=n_top, min_spots=min_spots)}
+    named = _chosen(methods, every)
+    rule = {**(dict(n_top=120, min_spots=150) if synthetic else {}),
+            **given(n_top=n_top, min_spots=min_spots)}
     genes = read_panel(panel) if panel else rule
     done = cross_validate(read, catalogue, named, out,
                           ('section', 'patient') if by == 'both' else (by,), genes,
@@ -732,19 +765,20 @@ def histogene_demo(
     table = pd.DataFrame({m: ev.summarize(c) for m,c in correlations.items()}).T
     for name,a in (('observed', observed), ('predicted', predicted), ('predicted_4x', dense)):
         write_h5ad(a, out/f'{name}.h5ad')
-    report = _demo_report(out/'report.html', held_out, observed, methods, dense, correlations, table, losses,
+    figures = _demo_figures(held_out, observed, methods, dense, correlations, losses)
+    report = _demo_report(out/'report.html', held_out, observed, figures, table,
                           provenance(command, start, device, seed=seed))
     print(table[['mean_r', 'median_r', 'n_ok']].astype(float).round(3).to_string())
     print(f'{time.perf_counter() - start:.0f} s; open {report} in a browser')
 
-# %% ../nbs/runs/commands.ipynb #cccc69f2
-def _demo_report(path, held_out, observed, methods, dense, correlations, table, losses, made_by):
-    "The demo's report: what was learned, drawn"
+# %% ../nbs/runs/commands.ipynb #af6d4f09
+def _demo_figures(held_out, observed, methods, dense, correlations, losses):
+    "The figures of the demo's report, by its headings"
     import matplotlib.pyplot as plt
-    from histogene_nb import plots, report
+    from histogene_nb import plots
     from histogene_nb.sections import add_hires, section_name
     from histogene_nb.training import plot_losses
-    name, r = section_name(held_out), table.mean_r.astype(float)
+    name = section_name(held_out)
     best = correlations['HisToGene'].r.sort_values(ascending=False).index[:4]
     add_hires(held_out)
     tissue, axes = plt.subplots(1, 2, figsize=(10, 4.2))
@@ -758,6 +792,15 @@ def _demo_report(path, held_out, observed, methods, dense, correlations, table, 
     plots.plot_boxes({m: {name: c} for m,c in correlations.items()}, ax=axes[0])
     plot_losses(losses, ax=axes[1])
     axes[1].set_title('training'); boxes.tight_layout()
+    return {'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes}
+
+# %% ../nbs/runs/commands.ipynb #cccc69f2
+def _demo_report(path, held_out, observed, figures, table, made_by):
+    "The demo's report: what was learned, drawn"
+    import matplotlib.pyplot as plt
+    from histogene_nb.report import html_report
+    from histogene_nb.sections import section_name
+    name, r = section_name(held_out), table.mean_r.astype(float)
     texts = {'What this is':
                  f'HisToGene was trained on five sections of synthetic tissue and predicted section {name}, '
                  'which it never saw, from its image. '
@@ -767,10 +810,9 @@ def _demo_report(path, held_out, observed, methods, dense, correlations, table, 
                  'the model sees only the image.',
              'Held-out maps': 'The four genes predicted best. HisToGene_SR is the prediction '
                  'at four times the resolution of a patch.'}
-    page = report.html_report(
-        path, f'HisToGene on synthetic tissue: section {name}',
-        figures={'The held-out section': tissue, 'Held-out maps': maps, 'How well': boxes},
+    page = html_report(
+        path, f'HisToGene on synthetic tissue: section {name}', figures=figures,
         tables={'How well': table[['mean_r', 'median_r', 'n_ok', 'n_constant']].astype(float).round(3)},
         texts=texts, provenance=made_by)
-    for fig in (tissue, maps, boxes): plt.close(fig)
+    for fig in figures.values(): plt.close(fig)
     return page

@@ -101,7 +101,8 @@ def cross_validate(
     inspect.signature(run_fold).bind_partial(**how)  # what it does not take is a mistake
     methods = {k: as_method(k, m) for k,m in methods.items()}
     panel = [panel] if isinstance(panel, str) else panel
-    if isinstance(panel, Path): raise InputError(f'{panel}: this is a path, not a list of genes. Read it first (read_panel).')
+    if isinstance(panel, Path): raise InputError(
+        f'{panel}: this is a path, not a list of genes. Read it first (read_panel).')
     planned = _planned(catalogue, by, only)
     folds = {f.folder: f for f in (Fold(m, *p, s) for s in seeds for m in methods for p in planned)}
     out.mkdir(parents=True, exist_ok=True)

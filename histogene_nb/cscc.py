@@ -66,7 +66,7 @@ def read_cscc(
     name:str, # section, such as 'P2_ST_rep1'
     spot_diameter:float=112., # in full-resolution pixels, as in the released code
     verbose:bool=True, # print what was read and left out
-    image:str|Path|None=None, # its photograph, as large as it was or as small as its name says (P2_1_0.0625.jpg)
+    image:str|Path|None=None, # its photograph, at full size, or as small as its name says (P2_1_0.0625.jpg)
 )->AnnData: # the spots under tissue
     "Read one section of the cSCC series (paper: Discussion; Data availability)"
     root, patient = Path(root), _section(name).patient
@@ -87,6 +87,7 @@ def read_cscc(
     if verbose: print('; '.join([_said(section), *image_notes(section)]))
     return section
 
+# %% ../nbs/tissue/cscc.ipynb #11e7507b
 def _short(name): return name.replace('_ST_rep', '_')
 
 def _said(section):
@@ -95,7 +96,8 @@ def _said(section):
     off = [f'{h["off_image"]} {_left_out["off_image"]}'] if h.get('off_image') else []
     return '; '.join([f'{section_name(section)}: {len(section)} spots under tissue, '
                       f'{h["counts_without_spot"] + h.get("not_in_tissue", 0)} beside it',
-                      f'{h["spots_without_counts"]} selected without counts', *off, f'{section.n_vars} genes'])
+                      f'{h["spots_without_counts"]} selected without counts', *off,
+                      f'{section.n_vars} genes'])
 
 # %% ../nbs/tissue/cscc.ipynb #72c1cb50
 GEO_URL = 'https://ftp.ncbi.nlm.nih.gov/geo/samples'

@@ -27,7 +27,8 @@ def without_depth(
 )->ad.AnnData: # what a smooth curve of the depth does not explain; 0 where that is nothing
     "Expression minus, gene by gene, its best cubic spline in the depth"
     from sklearn.preprocessing import SplineTransformer  # takes a second, and only this needs it
-    X = np.asarray(expression.X.todense() if sparse.issparse(expression.X) else expression.X, dtype=np.float64)
+    X = expression.X.todense() if sparse.issparse(expression.X) else expression.X
+    X = np.asarray(X, dtype=np.float64)
     curve = SplineTransformer(knots, knots='quantile').fit_transform(depth[:, None])   # (n, knots + 2)
     left = X - curve @ np.linalg.lstsq(curve, X, rcond=None)[0]
     left[:, left.std(0) <= 1e-6*np.abs(X).max(0)] = 0
@@ -39,7 +40,7 @@ def beyond_depth(
     predicted:ad.AnnData, # of the same spots and genes
     depth:np.ndarray, # (n,) measured, from `log_total`, in the order of `observed`
 )->pd.Series: # by gene; NaN where nothing is left to correlate
-    "r over spots of what observed and predicted expression have beyond the measured depth (partial correlation)"
+    "r over spots of what observed and predicted have beyond the measured depth (partial correlation)"
     if len(observed) < 4*KNOTS: return pd.Series(np.nan, observed.var_names, name='beyond_depth')
     same = predicted[observed.obs_names, observed.var_names]
     rest = (without_depth(x, depth) for x in (observed, same))

@@ -62,6 +62,7 @@ def fast_bfloat16()->bool: # whether PyTorch finds instructions for it
     kinds = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     return any(getattr(torch.cpu, k)() for k in kinds if hasattr(torch.cpu, k))
 
+# %% ../nbs/runs/devices.ipynb #b9bc855c
 def precision_on(
     device:torch.device, # from `default_device`
     asked:str='auto', # 'auto', or one of `PRECISIONS`

@@ -19,7 +19,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from IPython.display import HTML
 from PIL import Image
-from .plots import expression_unit, tile
+from .plots import expression_unit, mark_size
 from .files import InputError
 from .sections import section_name
 
@@ -33,7 +33,7 @@ def _picture(image):
 
 def _map(section, title, size):
     "An empty figure in full-resolution pixels, the section's small image in it where there is one"
-    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), tile(section)
+    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), mark_size(section)
     (x0, y0), (x1, y1) = xy.min(0) - width, xy.max(0) + width
     fig = figure(title=title, width=size, height=int(size*(y1 - y0)/(x1 - x0)), x_range=(x0, x1),
                  y_range=(y1, y0), match_aspect=True, tools='pan,wheel_zoom,reset', toolbar_location='below')
@@ -52,9 +52,41 @@ def _bytes(weight):
     with np.errstate(divide='ignore'):
         return np.clip(np.round(24*np.log2(weight)) + 128, 0, 255).astype(np.uint8)
 
+# %% ../nbs/judging/explore.ipynb #b167f045
+def _check_maps(maps, section):
+    "Raise `InputError` unless there is a map for every spot"
+    n = len(section)
+    if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(
+        f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. '
+        'Give every spot as target.')
+
+def _choice(title, options):
+    "A menu; its first option is chosen"
+    options = list(map(str, options))
+    return Select(title=title, value=options[0], options=options, width=100, stylesheets=[_FOCUS])
+
+_TARGET = dict(fill_color=None, line_color='#D55E00', line_width=3)
+# the spot nearest to the tap becomes the target
+_TAP = """
+        const {x, y} = spots.data, far = i => (x[i] - cb_obj.x)**2 + (y[i] - cb_obj.y)**2
+        let t = 0
+        for (let i = 1; i < x.length; i++) if (far(i) < far(t)) t = i
+        target.data = {x: [x[t]], y: [y[t]], spot: [t]}"""
+# its weights, of the layer and head chosen, colour the others
+_LOOK = """
+        const t = target.data.spot[0], k = head.value == 'mean' ? 0 : Number(head.value), \
+start = (((Number(layer.value) - 1)*(heads + 1) + k)*n + t)*n
+        spots.data = {...spots.data, weight: \
+Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/24))}
+        const which = k ? `head ${k}` : 'mean of all heads'
+        fig.title.text = `spot ${spots.data.spot[t]}, layer ${layer.value}, ${which}`
+        const {el} = cb_context.index.get_one(fig)
+        el.ariaValueNow = t
+        el.ariaValueText = fig.title.text"""
+
 # %% ../nbs/judging/explore.ipynb #4b1d0a31
 # a ring around what the keyboard is at; the parts of a figure see no style of the page around it
-_RING = ':host(:focus-visible), :focus-visible { outline: 3px solid #1f66b6 !important; outline-offset: -3px }'
+_FOCUS = ':host(:focus-visible), :focus-visible { outline: 3px solid #1f66b6 !important; outline-offset: -3px }'
 
 def _arrow_keys(fig, spots, target):
     "Once the map stands: arrow keys choose the nearest spot in their direction"
@@ -82,49 +114,30 @@ def attention_explorer(
 )->column: # a Bokeh layout, for `show_figure`
     "Tap a spot, or go to it with the arrow keys: where it looks, by layer and head (paper: figure 5)"
     maps, n = np.asarray(maps, dtype=float), len(section)
-    if maps.ndim != 4 or maps.shape[2:] != (n, n): raise InputError(
-        f'maps are (depth, heads, {n}, {n}) for the {n} spots of {section_name(section)}, not {maps.shape}. '
-        'Give every spot as target.')
+    _check_maps(maps, section)
     depth, heads = maps.shape[:2]
     # (depth, 1 + heads, n, n): the mean over heads first
     weight = _bytes(np.concatenate([maps.mean(1, keepdims=True), maps], 1)*n)
-    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), tile(section)
+    xy, (width, _) = np.asarray(section.obsm['spatial'], dtype=float), mark_size(section)
     first = int(np.linalg.norm(xy - np.median(xy, 0), axis=1).argmin())
     spots = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], spot=list(section.obs_names),
                                   weight=2.**((weight[0, 0, first].astype(float) - 128)/24)))
     target = ColumnDataSource(dict(x=xy[[first], 0], y=xy[[first], 1], spot=[first]))
     every = ColumnDataSource(dict(weight=weight.ravel()))
-    fig, colors = (_map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size),
-                   LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999))))
+    fig = _map(section, f'spot {section.obs_names[first]}, layer 1, mean of all heads', size)
+    colors = LogColorMapper('Viridis256', low=.5, high=max(2, np.quantile(maps*n, .999)))
     fig.circle(x='x', y='y', radius=width/2, source=spots,
                fill_color=dict(field='weight', transform=colors), line_color=None)
-    fig.circle(x='x', y='y', radius=.75*width, source=target, fill_color=None, line_color='#D55E00',
-               line_width=3)
+    fig.circle(x='x', y='y', radius=.75*width, source=target, **_TARGET)
     fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')
-    fig.stylesheets = [_RING]
+    fig.stylesheets = [_FOCUS]
     fig.html_attributes = {'tabindex': '0', 'role': 'slider', 'aria-label': 'spot; arrow keys choose another',
                            'aria-valuemin': '0', 'aria-valuemax': f'{n - 1}', 'aria-valuenow': f'{first}',
                            'aria-valuetext': fig.title.text}
-    layer, head = (Select(title=title, value=options[0], options=options, width=100, stylesheets=[_RING])
-                   for title,options in (('layer', [str(i + 1) for i in range(depth)]),
-                                         ('head', ['mean', *(str(i + 1) for i in range(heads))])))
-    tap = CustomJS(args=dict(spots=spots, target=target), code="""
-        const {x, y} = spots.data, far = i => (x[i] - cb_obj.x)**2 + (y[i] - cb_obj.y)**2
-        let t = 0
-        for (let i = 1; i < x.length; i++) if (far(i) < far(t)) t = i
-        target.data = {x: [x[t]], y: [y[t]], spot: [t]}""")
+    layer, head = _choice('layer', range(1, depth + 1)), _choice('head', ['mean', *range(1, heads + 1)])
     draw = CustomJS(args=dict(spots=spots, target=target, every=every, layer=layer, head=head,
-                              fig=fig, n=n, heads=heads), code="""
-        const t = target.data.spot[0], k = head.value == 'mean' ? 0 : Number(head.value), \
-start = (((Number(layer.value) - 1)*(heads + 1) + k)*n + t)*n
-        spots.data = {...spots.data, weight: \
-Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/24))}
-        const which = k ? `head ${k}` : 'mean of all heads'
-        fig.title.text = `spot ${spots.data.spot[t]}, layer ${layer.value}, ${which}`
-        const {el} = cb_context.index.get_one(fig)
-        el.ariaValueNow = t
-        el.ariaValueText = fig.title.text""")
-    fig.js_on_event(Tap, tap)
+                              fig=fig, n=n, heads=heads), code=_LOOK)
+    fig.js_on_event(Tap, CustomJS(args=dict(spots=spots, target=target), code=_TAP))
     target.js_on_change('data', draw)
     for choice in (layer, head): choice.js_on_change('value', draw)
     return column(row(layer, head), fig, tags=[_arrow_keys(fig, spots, target)])
@@ -142,6 +155,23 @@ def show_figure(
     # Jupyter keeps its arrow keys to itself in there
     return HTML(f'{scripts.render()}\n<div data-lm-suppress-shortcuts="true">{div}</div>\n{script}')
 
+# %% ../nbs/judging/explore.ipynb #c869ca9d
+_SLIDE = """
+        marks.forEach((m, i) => m.visible = i == slider.value)
+        slider.title = labels[slider.value]
+        fig.title.text = `${gene}: ${labels[slider.value]}`
+        const {index} = cb_context, {el} = index.get_one(slider)
+        el.shadowRoot.querySelector('[role=slider]').ariaLabel = `resolution: ${labels[slider.value]}`
+        index.get_one(fig).el.ariaLabel = fig.title.text"""
+
+def _marks(fig, level, values, colors):
+    "A level on the figure: squares where they touch, else circles"
+    xy, (width, touching) = np.asarray(level.obsm['spatial'], dtype=float), mark_size(level)
+    source = ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], value=values))
+    look = dict(x='x', y='y', fill_color=dict(field='value', transform=colors), line_color=None)
+    if touching: return fig.rect(width=width, height=width, source=source, **look)
+    return fig.circle(radius=width/2, source=source, **look)
+
 # %% ../nbs/judging/explore.ipynb #5b99d658
 def resolution_slider(
     levels:dict, # label -> AnnData with expression, at spots or super-resolved; drawn in this order
@@ -158,23 +188,12 @@ def resolution_slider(
     colors = LinearColorMapper('Viridis256', low=float(np.percentile(together, 1)),
                                high=float(np.percentile(together, 99)))
     widest = max(levels.values(), key=lambda l: np.ptp(l.obsm['spatial'], axis=0).sum())
-    fig, marks = _map(widest, f'{gene}: {next(iter(levels))}', size), []
-    for i,(label,level) in enumerate(levels.items()):
-        xy, (width, touching) = np.asarray(level.obsm['spatial'], dtype=float), tile(level)
-        source, look = (ColumnDataSource(dict(x=xy[:, 0], y=xy[:, 1], value=values[label])),
-                        dict(x='x', y='y', fill_color=dict(field='value', transform=colors),
-                             line_color=None, visible=i == 0))
-        marks.append(fig.rect(width=width, height=width, source=source, **look) if touching
-                     else fig.circle(radius=width/2, source=source, **look))
+    fig = _map(widest, f'{gene}: {next(iter(levels))}', size)
+    marks = [_marks(fig, level, values[label], colors) for label,level in levels.items()]
+    for m in marks[1:]: m.visible = False
     fig.add_layout(ColorBar(color_mapper=colors, title=expression_unit(next(iter(levels.values())))), 'right')
     slider = Slider(start=0, end=max(len(levels) - 1, 1), value=0, step=1, show_value=False,
-                    title=next(iter(levels)), width=size - 60, stylesheets=[_RING])
-    draw = CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider, fig=fig, gene=gene), code="""
-        marks.forEach((m, i) => m.visible = i == slider.value)
-        slider.title = labels[slider.value]
-        fig.title.text = `${gene}: ${labels[slider.value]}`
-        const {index} = cb_context, {el} = index.get_one(slider)
-        el.shadowRoot.querySelector('[role=slider]').ariaLabel = `resolution: ${labels[slider.value]}`
-        index.get_one(fig).el.ariaLabel = fig.title.text""")
+                    title=next(iter(levels)), width=size - 60, stylesheets=[_FOCUS])
+    draw = CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider, fig=fig, gene=gene), code=_SLIDE)
     slider.js_on_change('value', draw)
     return column(slider, fig, tags=[draw])

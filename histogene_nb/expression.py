@@ -75,7 +75,8 @@ def _why(section, missing):
         kinds = 'Ensembl ids', 'symbols'
         theirs, ours = kinds if _ensembl(missing) else kinds[::-1]
         column = next((c for c in _COLUMNS[theirs] if c in has), None)
-        do = (f'Its {theirs} are in section.var[{column!r}]: make them its names (section.var_names).' if column
+        do = (f'Its {theirs} are in section.var[{column!r}]: make them its names (section.var_names).'
+              if column
               else f'Give the panel as {ours}.')
         return f' The panel has {theirs}, the section {ours}, such as {genes[0]}. {do}'
     small, known = pd.Series(genes, genes.str.lower()), set(genes)
@@ -148,10 +149,10 @@ def select_panel(
 
 # %% ../nbs/idea/expression.ipynb #951437a5
 def _cells(text):
-    "The cells of each line, whatever parts them; of R, which names lines but not that column, with an empty name"
+    "Cells of each line, whatever parts them; R names lines, but not that column: an empty name first"
     lines = [l for l in text.splitlines() if l.strip()]
     sep = next((s for s in '\t;,' if any(s in l for l in lines[:2])), None)
-    numbered = len(lines) > 1 and all(re.fullmatch(r'"?\d+"?( \S+)+', l) for l in lines[1:])    # write.table's
+    numbered = len(lines) > 1 and all(re.fullmatch(r'"?\d+"?( \S+)+', l) for l in lines[1:])  # write.table's
     rows = csv.reader(lines, delimiter=sep or (' ' if numbered else ','), skipinitialspace=True)
     rows = [[c.strip().strip('"') for c in r] for r in rows]
     short = len(rows) > 1 and all(len(r) == len(rows[0]) + 1 for r in rows[1:])

@@ -18,7 +18,7 @@ class InputError(ValueError):
 # %% ../nbs/runs/files.ipynb #bbbcfda0
 def _runs(pid):
     "Whether there is such a process on this computer"
-    if os.name != 'posix': return True                                        # elsewhere, asking would interrupt it
+    if os.name != 'posix': return True                              # elsewhere, asking would interrupt it
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: pass
@@ -40,11 +40,13 @@ def whole_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in _left_behind(path):
-            with suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()   # another user's may have to stay
+            with suppress(OSError):                            # another user's may have to stay
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield part
         os.replace(part, path)
     except OSError as e:
-        raise InputError(f'{path}: cannot be written ({e.strerror or e}). Free some space or choose another folder, '
+        raise InputError(f'{path}: cannot be written ({e.strerror or e}). '
+                         'Free some space or choose another folder, '
                          'then run it again; nothing that was complete has been touched.') from e
     finally:
         if part.parent.is_dir(): part.unlink(missing_ok=True)
@@ -65,7 +67,8 @@ def reading(
             yield
     except InputError: raise
     except MemoryError as e:
-        raise InputError(f'{path}: there is too little memory to read it as {kind}. Close other programs; or is it '
+        raise InputError(f'{path}: there is too little memory to read it as {kind}. '
+                         'Close other programs; or is it '
                          'damaged, and asks for more than it holds?') from e
     except ImportError as e:
         raise InputError(f"{path}: reading it needs a package that is not installed "
@@ -78,7 +81,7 @@ def reading(
 # %% ../nbs/runs/files.ipynb #fafd9dee
 def data_folder(
 )->Path: # it may not exist yet
-    "Where the HER2+ data are: `HISTOGENE_DATA/her2st` if that variable is set, else the folder that `download_her2st` fills"
+    "Where the HER2+ data are: `HISTOGENE_DATA/her2st` if that is set, else where `download_her2st` puts them"
     home = os.environ.get('HISTOGENE_DATA')
     return (Path(home) if home else Path(pooch.os_cache('histogene_nb')))/'her2st'
 
@@ -91,7 +94,8 @@ def published_sections(
     listed = (files('histogene_nb')/'data'/'her2st_files.csv').read_text(encoding='utf-8')
     names = names or sorted(set(re.findall(r'ST-cnts/(\w+)\.tsv', listed)))
     for name in asked:
-        if name not in names: raise InputError(f'There is no section {name!r} in the HER2+ data; the sections are {", ".join(names)}.')
+        if name not in names: raise InputError(
+            f'There is no section {name!r} in the HER2+ data; the sections are {", ".join(names)}.')
     return names
 
 # %% ../nbs/runs/files.ipynb #a1f0c005
@@ -100,31 +104,34 @@ def _near(name, names):
     found = difflib.get_close_matches(name, names, 3, .7)
     return f' Did you mean {" or ".join(found)}?' if found else ''
 
+def _names(folder): return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+
+# %% ../nbs/runs/files.ipynb #08040003
 def look_for(
     section:str|Path, # a name, or the path of one's own
     root:str|Path|None=None, # folder of the published data; where the commands look unless given
-)->Path|None: # of one's own, or of a section in a folder like that of the HER2+ data; None for a published one
+)->Path|None: # of one's own, or of a section in a folder like the HER2+ data's; None: a published one
     "Which section is meant: what is on the disk, or else a published one; `InputError` for neither, or both"
     path, text = Path(section), str(section)
     folders = [Path(root)] if root else [data_folder(), data_folder().with_name('cscc')]
-    if any(p.suffix.lower() == '.zarr' for p in path.parents): return path    # what is in a store, its reader knows
+    if any(p.suffix.lower() == '.zarr' for p in path.parents): return path  # what is in it, its reader knows
     name = glob.escape(path.name)
     if len(path.parts) != 1 or path.suffix or text != path.name:
         if path.exists() or path.name and any(path.parent.glob(f'ST-cnts/{name}.tsv*')): return path
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f'{path}: there is no such {"file" if path.suffix else "folder"}. '
-                         f'Check the path.{_near(path.name, beside)}')
+                         f'Check the path.{_near(path.name, _names(path.parent))}')
     there = [f for f in folders for p in (f'ST-cnts/{name}.tsv*', f'*_{name}_stdata.tsv*') if any(f.glob(p))]
     if path.exists() and there:
-        raise InputError(f'{text}: there is a file or folder of this name here, and a section of this name in '
-                         f'{there[0]}. Say which: {os.path.join(".", text)} is your own, {there[0]/text} the other.')
+        raise InputError(f'{text}: there is a file or folder of this name here, and a section of this name '
+                         f'in {there[0]}. Say which: {os.path.join(".", text)} is your own, '
+                         f'{there[0]/text} the other.')
     if path.exists(): return path
     published = [*published_sections(), *(f'P{p}_ST_rep{r}' for p in (2, 5, 9, 10) for r in (1, 2, 3))]
     if there: return None
     if text in published:
         raise InputError(f'{text}: no such section in {" or ".join(map(str, folders))}. '
                          'Fetch it with histogene_download, or say with root where it is.')
-    here = [p.name for p in Path().iterdir() if p.name[0] != '.']
+    here = [n for n in _names(Path()) if n[0] != '.']
     raise InputError(f'{text}: there is no such file or folder here, and no such section in '
                      f'{" or ".join(map(str, folders))}. Check the name, or give the path of your own '
                      f'section.{_near(text, here + published)}')
@@ -136,5 +143,7 @@ def model_files(
     "The files of a saved model; `InputError` where one is missing"
     paths = Path(folder)/'config.json', Path(folder)/'model.safetensors'
     for f in paths:
-        if not f.is_file(): raise InputError(f'{f}: there is no such file, so {folder} is not a saved model. Give the folder that histogene_train wrote.')
+        if not f.is_file(): raise InputError(
+            f'{f}: there is no such file, so {folder} is not a saved model. '
+            'Give the folder that histogene_train wrote.')
     return paths

@@ -167,9 +167,9 @@ def run_fold(
     scores = score(test, predicted, _mean(training, genes, normalization), normalization)
     for p in predicted: write_h5ad(p, part/_file(p))
     scores.to_csv(part/'scores.csv', index=False)
-    about = dict(normalization=normalization, resumed=resumed,
-                 panel='given' if isinstance(panel, list) else 'chosen on the training sections')
-    found = {**_facts(fold, training, genes, scores, **about),
+    how = dict(normalization=normalization, resumed=resumed,
+               panel='given' if isinstance(panel, list) else 'chosen on the training sections')
+    found = {**_facts(fold, training, genes, scores, **how),
              **provenance(command, start, device), **more}
     _finish(part, done, found)
     return found

@@ -52,6 +52,7 @@ def _named_file(named, file):
     if file.parent.name == 'st': there += sorted(file.parent.with_name('wsis').glob(f'{_stem(file)}.*'))
     return next((p for p in there if p.is_file()), None)
 
+# %% ../nbs/tissue/h5ad.ipynb #b410c041
 def _set_image(section, file, image):
     """Settle which image a section from a file has: one given, the one it names, or the one it carries.
 
@@ -115,8 +116,9 @@ def _plain_labels(section):
     "Raise `InputError` where a column's categories are no plain values, as in a damaged file"
     for where,table in (('obs', section.obs), ('var', section.var)):
         for k,v in table.items():
-            if isinstance(v.dtype, pd.CategoricalDtype) and not all(map(pd.api.types.is_scalar, v.cat.categories)):
-                raise InputError(f"{where}['{k}'] has categories that are no plain values. Make the file again.")
+            if not isinstance(v.dtype, pd.CategoricalDtype): continue
+            if not all(map(pd.api.types.is_scalar, v.cat.categories)): raise InputError(
+                f"{where}['{k}'] has categories that are no plain values. Make the file again.")
 
 def _whole_positions(section):
     "Raise `InputError` where array positions are not whole numbers"
@@ -148,7 +150,7 @@ def _one_place(section):
     found = section.uns['spatial']
     if not isinstance(found, dict): raise InputError("uns['spatial'] holds no sections by name.")
     found = {k.replace('/', '_'): v for k,v in found.items() if isinstance(v, dict)} or found
-    while len(found) == 1 and _nested(inner := next(iter(found.values()))):        # a slash in a name nests it
+    while len(found) == 1 and _nested(inner := next(iter(found.values()))):    # a slash in a name nests it
         found = {f'{k}_{i}': v for k in found for i,v in inner.items()}
     section.uns['spatial'] = found
     for info in found.values():
@@ -158,7 +160,8 @@ def _one_place(section):
 
 def _nested(info):
     "Whether this is no section yet, but a dictionary of some"
-    if not isinstance(info, dict) or not info or {'images', 'scalefactors', 'metadata'} & set(info): return False
+    if not isinstance(info, dict) or not info: return False
+    if {'images', 'scalefactors', 'metadata'} & set(info): return False
     return all(isinstance(v, dict) for v in info.values())
 
 # %% ../nbs/tissue/h5ad.ipynb #2e341451
@@ -195,6 +198,7 @@ def _symbols(section):
     section.var['gene_ids'] = ids
     section.var_names = list(names.where(names.notna() & (names != ''), ids).astype(str))
 
+# %% ../nbs/tissue/h5ad.ipynb #dec6c284
 def _numbers_on_array(section):
     "Array positions as numbers, found from pixels where there are none"
     keys, obs = ['array_col', 'array_row'], section.obs
@@ -227,6 +231,7 @@ def as_section(
     try: return _as_section(section, path, image)
     except InputError as e: raise InputError(f'{path}: {e}') from e
 
+# %% ../nbs/tissue/h5ad.ipynb #fd92c9aa
 _FOUND = 'not_in_tissue', 'on_glass', 'on_tissue', 'off_image', 'image_left_out', 'mirrored'
 
 def _as_section(section, path, image):
@@ -291,6 +296,7 @@ def is_anndata(
         attrs = json.loads(files[0].read_text()) if files else {}
         return attrs.get('attributes', attrs).get('encoding-type') == 'anndata'
 
+# %% ../nbs/tissue/h5ad.ipynb #1a4fb18e
 def _whole_file(file):
     "As `ad.read_h5ad`, but without the layers and the like that a slash in their names has nested"
     with h5py.File(file) as f:

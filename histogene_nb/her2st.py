@@ -219,7 +219,8 @@ def chosen_spots(
     inside = words.isin(['1', '1.0', 'true']).to_numpy()
     odd = ~inside & ~words.isin(['0', '0.0', 'false', 'nan', 'none', '<na>', '']).to_numpy()
     if odd.any():
-        raise InputError(f'{where}: {column} of a spot is {table[column].iloc[odd.argmax()]!r}, neither 0 nor '
+        raise InputError(f'{where}: {column} of a spot is {table[column].iloc[odd.argmax()]!r}, '
+                         'neither 0 nor '
                          f'1; {odd.sum()} such in all. Put it right, or write 1 for each to keep all.')
     if len(table) and not inside.any():
         raise InputError(f'{where}: by {column} none of its {len(table)} spots is in tissue. '
@@ -269,6 +270,7 @@ def _picture(root, name, image, joined, spot_file):
         scale = wide/_read_table(sizes, ['section', 'width']).set_index('section').width.get(name, wide)
     return image, joined['spatial']*scale, scale
 
+# %% ../nbs/tissue/her2st.ipynb #7f02ad8b
 def _spots_on(file, joined):
     "Pixels of the spots by another spot file; NaN where it has none"
     table = _read_table(file, ['x', 'y', 'pixel_x', 'pixel_y'])

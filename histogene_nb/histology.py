@@ -146,6 +146,7 @@ def _patient_layout(
     L['across'], L['along'] = _fibre_coordinates(F['flow'], L, rng.uniform(0, np.pi))
     return {k: v.astype(np.float32) for k,v in L.items()}
 
+# %% ../nbs/tissue/histology.ipynb #9db9e82b
 def _outline(field, cut, px):
     n = len(field)
     v,u = ((np.indices((n,n)) + .5)/n*2 - 1)*n/(px//CELL)
@@ -259,6 +260,7 @@ def _direction(field, turn=0.):
     gy,gx = np.gradient(field)
     return np.arctan2(gy, gx) + turn
 
+# %% ../nbs/tissue/histology.ipynb #9eb74050
 def cell_plan(
     layout:dict, # maps of `section_layout`
     shares:np.ndarray, # (6, h, w) of `region_shares`

@@ -69,7 +69,7 @@ def _upright(path, image):
         image.fp.seek(0)
         with decoding(path): image, exif = as_rgb(decode(image.fp.read()), path), Image.Image.getexif(image)
         if exif: image.info['exif'] = exif.tobytes()
-    turned = image.format != 'TIFF' and Image.Image.getexif(image).get(274, 1) != 1   # Pillow turns TIFFs itself
+    turned = image.format != 'TIFF' and Image.Image.getexif(image).get(274, 1) != 1  # TIFFs Pillow turns
     if not turned: return image
     with decoding(path): return ImageOps.exif_transpose(image)
 
@@ -233,17 +233,19 @@ class TiledImage:
         if min(map(listed, self.pages)) < n*planes: raise OSError('tiles are missing')
         self.tile = lru_cache(max(1, 2**28//(tile['X']*tile['Y']*3)))(self._tile)     # 256 MB of them
 
-    @property
-    def mpp(self):
-        page = self.pages[0]
-        if self.file.is_ome: return _ome_mpp(self.file.ome_metadata, self.size)
-        if page.resolutionunit != 3 or not page.resolution[0] > 0: return        # in inches it is a printer's
-        return 1e4/page.resolution[0]
-
     def __enter__(self): return self
     def __exit__(self, *error):
         for image in (self, *self.smaller): image.tile.cache_clear()
         self.file.close()
+
+# %% ../nbs/tissue/images.ipynb #c927d313
+@patch(as_prop=True)
+def mpp(self:TiledImage):
+    "Micrometres a pixel, or nothing"
+    page = self.pages[0]
+    if self.file.is_ome: return _ome_mpp(self.file.ome_metadata, self.size)
+    if page.resolutionunit != 3 or not page.resolution[0] > 0: return        # in inches it is a printer's
+    return 1e4/page.resolution[0]
 
 # %% ../nbs/tissue/images.ipynb #6a6c1094
 @patch
@@ -272,6 +274,12 @@ def _tile(self:TiledImage, col, row):
         return as_rgb(Image.frombytes(self.pixels, (w, h), pixels.tobytes()))
     except Exception as e: raise OSError(f'tile {i}: {e}') from e
 
+# %% ../nbs/tissue/images.ipynb #ad8d025e
+def _slide_tile(slide, level):
+    "Width and height of a slide's tiles, 0 where they are not said"
+    name = f'openslide.level[{level}].tile-'
+    return [int(slide.properties.get(name + side, 0)) for side in ('width', 'height')]
+
 # %% ../nbs/tissue/images.ipynb #b44fe421
 class SlideImage:
     "An image in a scanner's own format, of which only regions are decoded; otherwise like a PIL image in RGB"
@@ -284,10 +292,8 @@ class SlideImage:
         self.filename, self.slide, self.level = str(path), slide, level
         self.size = self.width, self.height = slide.level_dimensions[level]
         self.smaller = [] if level else [SlideImage(path, slide, i) for i in range(1, slide.level_count)]
-        about, tile = slide.properties, f'openslide.level[{level}].tile-'
-        self.key = about.get('openslide.quickhash-1', '')    # of all files of the slide
-        side = int(about.get(tile + 'width', 0)), int(about.get(tile + 'height', 0))
-        check_pixels(path, *side)      # OpenSlide ends the process when it has no memory for a tile
+        self.key = slide.properties.get('openslide.quickhash-1', '')    # of all files of the slide
+        check_pixels(path, *_slide_tile(slide, level))  # OpenSlide without memory for one ends the process
 
     @property
     def mpp(self): return float(self.slide.properties.get('openslide.mpp-x', 0)) or None

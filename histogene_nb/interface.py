@@ -64,6 +64,12 @@ def learn(self:SpotModel,
     "How the model is trained: by `fit`, unless a model knows better"
     return fit(self, examples, **settings)
 
+# %% ../nbs/models/interface.ipynb #c37e9067
+def _check_losses(cls, losses):
+    "Raise `InputError` where a model's own `learn` returns something else"
+    if not isinstance(losses, list): raise InputError(
+        f'{cls.name}.learn returns {losses!r}, not a list of losses; an empty one will do.')
+
 # %% ../nbs/models/interface.ipynb #4a9a7c4e
 @patch(cls_method=True)
 def train_on(cls:SpotModel,
@@ -86,8 +92,7 @@ def train_on(cls:SpotModel,
     model.begin(sections, **how)
     geometry, examples = _geometry(sections), _examples(model, sections, device, cache)
     losses = model.learn(examples, sections, seed=seed, device=device, checkpoint=checkpoint, **how)
-    if not isinstance(losses, list): raise InputError(
-        f'{cls.name}.learn returns {losses!r}, not a list of losses; an empty one will do.')
+    _check_losses(cls, losses)
     model.about.update(geometry)
     _compare(model, sections, examples, device)
     return model.eval(), losses
@@ -282,6 +287,24 @@ def _check_folds(folds, sections):
         'Which genes to believe is learned by leaving out parts of the training sections: folds '
         f'(trust_folds) is from 2 to their number, here {len(sections)}, not {folds}. Give another.')
 
+# %% ../nbs/models/interface.ipynb #b5459814
+def _check_same(model, sections, folds):
+    "Raise `InputError` unless these are the sections that the model was trained on, and can be parted so"
+    _check_folds(folds, sections)
+    given, known = ([*map(section_name, sections)], model.known('sections'))
+    if sorted(given) != sorted(known): raise InputError(
+        f'gene_trust takes the sections that the model was trained on, {", ".join(known)}, '
+        f'not {", ".join(given)}.')
+
+def _beside(checkpoint, name):
+    "The file of a fold's training, where there is one of the whole"
+    return checkpoint and Path(checkpoint).with_name(f'{name}.{Path(checkpoint).name}')
+
+def _how_well(r, best):
+    "By gene, from r and its ceiling in each left-out section (genes, sections)"
+    share = r.mean(axis=1)/best.mean(axis=1).where(lambda c: c > 0)
+    return pd.DataFrame(dict(r=r.mean(axis=1), spread=r.std(axis=1), share=share)).rename_axis('gene')
+
 # %% ../nbs/models/interface.ipynb #7d3e5a12
 def gene_trust(
     model:SpotModel, # trained by `train_on`, which keeps what is found: `trusted`, `trust_summary`
@@ -293,25 +316,19 @@ def gene_trust(
     **settings, # of its training, as given to `train_on`
 )->pd.DataFrame: # by gene: mean r over left-out sections, its spread (sd), its share of the ceiling
     "How well each gene is predicted on training sections that are left out (inner folds)"
-    _check_folds(folds, sections)
-    given, known = ([*map(section_name, sections)], model.known('sections'))
-    if sorted(given) != sorted(known): raise InputError(
-        f'gene_trust takes the sections that the model was trained on, {", ".join(known)}, not {", ".join(given)}.')
+    _check_same(model, sections, folds)
     kind, panel, normalization = type(model), model.known('genes'), model.known('normalization')
+    seed = model.known('training')['seed']
     r, best, settings = [], [], {**kind.suited(sections), **settings}
     for i in range(folds):
         rest = [s for j,s in enumerate(sections) if j % folds != i]
-        name = checkpoint and f'without_{i+1}_of_{folds}.{Path(checkpoint).name}'
-        file = checkpoint and Path(checkpoint).with_name(name)
-        other, _ = kind.train_on(rest, panel, normalization, model.known('training')['seed'], device, file, cache,
-                                 **settings)
+        file = _beside(checkpoint, f'without_{i+1}_of_{folds}')
+        other, _ = kind.train_on(rest, panel, normalization, seed, device, file, cache, **settings)
         for s in sections[i::folds]:
             observed = normalize(s, panel, normalization)
             r.append(gene_correlations(observed, predict(other, s, device, cache)).r)
             best.append(noise_ceiling(s, panel, normalization))
-    r, best = pd.concat(r, axis=1), pd.concat(best, axis=1)
-    share = r.mean(axis=1)/best.mean(axis=1).where(lambda c: c > 0)
-    found = pd.DataFrame(dict(r=r.mean(axis=1), spread=r.std(axis=1), share=share)).rename_axis('gene')
+    found = _how_well(pd.concat(r, axis=1), pd.concat(best, axis=1))
     model.about['gene_trust'] = _kept(found)
     return found
 
@@ -355,6 +372,7 @@ def _by_layer(model):
         for m in layers: hooks.callback(m.register_forward_hook(done).remove)
         yield
 
+# %% ../nbs/models/interface.ipynb #337689f4
 @torch.no_grad()
 def run_model(
     model:SpotModel, # moved to the device
@@ -429,11 +447,12 @@ def parts(
         some = np.arange(start, min(start + 2048, len(xy)))
         yield some, np.ones(len(some), dtype=bool)
 
+# %% ../nbs/models/interface.ipynb #6484ea18
 def foretell(
     model:SpotModel, # to predict
     some:list, # from `parts`
-    device:str|torch.device|None, # chosen where it is None
-    precision:str, # see `precision_on`
+    device:str|torch.device|None=None, # chosen unless given
+    precision:str='auto', # see `precision_on`
 ):
     "Refuse parts that memory has no room for; say how long a long prediction takes"
     device, sizes = default_device(device), [len(seen) for seen,_ in some]
@@ -555,8 +574,8 @@ def from_pretrained(
     try: model, kind, named, about, weights, together = _described(*files, kind)
     except Exception as e:  # a damaged file can raise any kind of error
         if gone := re.search(r"unexpected keyword argument ('\w+')", str(e)): raise InputError(
-            f'{folder}: this saved model was made by an earlier version of its class, or is damaged: there is '
-            f'no setting {gone[1]} any more. Train it again.') from e
+            f'{folder}: this saved model was made by an earlier version of its class, or is damaged: '
+            f'there is no setting {gone[1]} any more. Train it again.') from e
         raise InputError(
             f'{folder}: this saved model is damaged ({e}). Copy it again, or train it again.') from e
     if kind is None: raise InputError(
@@ -571,6 +590,7 @@ def from_pretrained(
     model.about = about
     return model.eval()
 
+# %% ../nbs/models/interface.ipynb #f852708f
 def model_name(
     named:str, # a name in `MODELS`, or 'module:Class'
 )->str: # such as 'STNet'

@@ -72,7 +72,7 @@ def thumbnail(
 
 def section_picture(
     section:AnnData, # with an image in a file, or embedded, or without
-)->tuple: # width and height of the image in pixels of the positions; uint8 (h, w, 3), a small copy; or two None
+)->tuple: # the image's width and height in pixels of positions; uint8 (h, w, 3), a small copy; or two None
     "How large a section's image is, and what it shows"
     at = place(section)
     if at.path: return thumbnail(at.path)

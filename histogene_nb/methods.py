@@ -69,7 +69,7 @@ def depth_maps(
     cache:str|Path|None=None, # folder that keeps patches
     **_, # seed, device, checkpoint: not needed
 )->tuple: # list of predicted sections, and {}
-    "One map for all genes, a spot's depth: as it was measured, and as ridge regression on colours predicts it"
+    "One map for all genes, a spot's depth: as it was measured, and as ridge on colours predicts it"
     from histogene_nb.texture import colour_numbers, ridge_baseline
     known, see = [normalize(s, panel, normalization) for s in training], partial(colour_numbers, cache=cache)
     depths, numbers = [log_total(s)[:, None] for s in training], [see(s) for s in training]  # (n, 1) each
@@ -92,8 +92,8 @@ def _predictions(model, section, superres, **how):
 def _call(predicted, name, label):
     "Name predictions by a label in place of the model's name"
     for p in predicted:
-        about = p.uns['histogene']
-        about['predicted_by'] = about['predicted_by'].replace(name, label, 1)
+        known = p.uns['histogene']
+        known['predicted_by'] = known['predicted_by'].replace(name, label, 1)
 
 def _record(model, losses, precision):
     "What is kept of a training"

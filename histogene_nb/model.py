@@ -40,6 +40,17 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
+# %% ../nbs/idea/model.ipynb #a07e9bd4
+def _check_shape(pixels, dropout, sizes):
+    "Raise `InputError` where a model of this shape cannot be made"
+    if pixels not in ('centred', 'raw'):
+        raise InputError(f"pixels is 'centred' or 'raw', not {pixels!r}.")
+    if not 0 <= dropout <= 1: raise InputError(f'dropout is a share between 0 and 1, not {dropout}.')
+    if min(sizes) < 1:
+        raise InputError(f'n_genes, patch_size, n_pos, dim, depth and heads are 1 or more, not {sizes}.')
+    *_, dim, _, heads = sizes
+    if dim % heads: raise InputError(f'dim ({dim}) must be a multiple of heads ({heads}).')
+
 # %% ../nbs/idea/model.ipynb #13d0c8a0
 class HisToGene(SpotModel):
     """The modified Vision Transformer of HisToGene
@@ -57,12 +68,7 @@ class HisToGene(SpotModel):
         pixels:str='centred', # for W_h: 'centred' takes 0..255 to -1/2..1/2, 'raw' leaves it (released code)
         order:str='paper', # of the numbers in a flattened patch, as in `flatten_patches`
     ):
-        if pixels not in ('centred', 'raw'):
-            raise InputError(f"pixels is 'centred' or 'raw', not {pixels!r}.")
-        if not 0 <= dropout <= 1: raise InputError(f'dropout is a share between 0 and 1, not {dropout}.')
-        if min(sizes := (n_genes, patch_size, n_pos, dim, depth, heads)) < 1:
-            raise InputError(f'n_genes, patch_size, n_pos, dim, depth and heads are 1 or more, not {sizes}.')
-        if dim % heads: raise InputError(f'dim ({dim}) must be a multiple of heads ({heads}).')
+        _check_shape(pixels, dropout, (n_genes, patch_size, n_pos, dim, depth, heads))
         mlp_dim = 2*dim if mlp_dim is None else mlp_dim
         super().__init__(n_genes=n_genes, patch_size=patch_size, n_pos=n_pos, dim=dim, depth=depth,
                          heads=heads, mlp_dim=mlp_dim, dropout=dropout, pixels=pixels, order=order)

@@ -94,7 +94,8 @@ def _box(ax, place, name, said, now=False):
     ax.text(x + w/2, y - .1, said, ha='center', va='top', fontsize=8, color=_INK)
 
 def _arrow(ax, start, end, color=_INK, **kw):
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=color, zorder=5, **kw))
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=color,
+                                 zorder=5, **kw))
 
 # %% ../nbs/drawing/overview.ipynb #6cd02c11
 def draw_overview(
@@ -118,7 +119,7 @@ _SHAPES = dict(section=_section, attention=_attention,
                map=lambda ax, *place: _map(ax, *place, 6))
 
 def draw_chain(
-    steps:list, # from left to right: (name, shape, what is said below); a shape is section, patches, attention, matrix or map
+    steps:list, # left to right: (name, shape, words below); shape: section, patches, attention, matrix or map
     arrows:list, # from each to the next: (what leads there, what is said below)
 )->plt.Axes: # what it was drawn on
     "A way through, from left to right"

@@ -224,7 +224,7 @@ def _scanned(picture):
 
 # %% ../nbs/idea/patches.ipynb #18c41025
 def tissue_mask(
-    thumbnail:np.ndarray, # (h, w, 3), a small version of the whole image, about 500 to 2000 pixels wide; as `as_rgb` takes it
+    thumbnail:np.ndarray, # (h, w, 3), the whole image in about 500 to 2000 pixels across; as `as_rgb` takes it
 )->np.ndarray: # bool (h, w), True where there is tissue
     "Tells tissue from glass: tissue is rough, glass (white, smeared or black) is smooth"
     thumbnail = _scanned(np.asarray(as_rgb(np.asarray(thumbnail))))
@@ -249,6 +249,17 @@ def in_tissue(
     inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
     return inside & mask[y.clip(0, mask.shape[0]-1), x.clip(0, mask.shape[1]-1)]
 
+# %% ../nbs/idea/patches.ipynb #7ac96b70
+def _grid_step(factor, diameter):
+    "Pixels from a patch to the next, where k*k of them are sampled in the place of one"
+    k = round(max(factor, 0)**.5)
+    if factor < 1 or k*k != factor:
+        raise InputError(f'A resolution factor is a square (1, 4, 9, 16, 25), not {factor}.')
+    if not 1 <= diameter < np.inf:
+        raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. '
+                         'Give its width in full-resolution pixels.')
+    return diameter/k
+
 # %% ../nbs/idea/patches.ipynb #42b147fd
 def dense_grid(
     mask:np.ndarray, # bool (h, w), True where there is tissue
@@ -257,15 +268,9 @@ def dense_grid(
     factor:int=4, # k*k: how many times the spots' resolution
 )->tuple: # (x, y), (n, 2) each: patch centres in full-resolution pixels, whole-number places on the grid
     "Overlapping patches, k*k over each sub-patch (paper: Predicting gene expression at super-resolution)"
-    k = round(max(factor, 0)**.5)
-    if factor < 1 or k*k != factor:
-        raise InputError(f'A resolution factor is a square (1, 4, 9, 16, 25), not {factor}.')
-    if not 1 <= diameter < np.inf:
-        raise InputError(f'A patch is at least one pixel wide, not {diameter:g}. '
-                         'Give its width in full-resolution pixels.')
+    step = _grid_step(factor, diameter)
     if not mask.any():
         raise InputError('There is no tissue in this image. Look at tissue_mask of its thumbnail.')
-    step = diameter/k
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     first = np.array([cols[0], rows[0]])/scale
     n = np.ceil((np.array([cols[-1]+1, rows[-1]+1])/scale - first + diameter/2)/step).astype(int)

@@ -26,7 +26,7 @@ METHOD_COLORS = {'observed': '#000000', 'HisToGene': '#0072B2', 'HisToGene*': '#
 CLUSTER_COLORS = ['#4477AA', '#EE6677', '#228833', '#CCBB44', '#66CCEE', '#AA3377', '#BBBBBB']
 
 # %% ../nbs/drawing/plots.ipynb #6d9f19e3
-def tile(section:ad.AnnData, # at spots or super-resolved
+def mark_size(section:ad.AnnData, # at spots or super-resolved
         )->tuple: # width in full-resolution pixels; do marks touch? Sub-patches do (squares), spots do not
     "How large the mark of one place is on a map"
     width = place(section).diameter
@@ -40,7 +40,7 @@ def tile(section:ad.AnnData, # at spots or super-resolved
 # %% ../nbs/drawing/plots.ipynb #ce78a046
 def _draw(section, ax, size=1., thumbnail=False, **kw):
     "Add the spots of `section` to `ax` in full-resolution pixels, y down; `kw` goes to the collection"
-    width,square = tile(section)
+    width,square = mark_size(section)
     angle = np.pi/4 + np.arange(0, 2*np.pi, np.pi/2 if square else np.pi/12)
     radius = width/np.sqrt(2) if square else width*size/2
     outline = np.c_[np.cos(angle), np.sin(angle)]*radius                        # (corners, 2)
@@ -80,9 +80,9 @@ def scale_bar(section:ad.AnnData, # at spots or super-resolved
               ax:plt.Axes, # with a map of it, in full-resolution pixels
              ):
     "A bar of a round number of micrometres below a map; none where the width of a spot is not known"
-    about = section.uns.get('histogene', {})
-    if not (um := about.get('spot_um')): return
-    px = about.get('patch_diameter', place(section).diameter)/um                # pixels per micrometre
+    known = section.uns.get('histogene', {})
+    if not (um := known.get('spot_um')): return
+    px = known.get('patch_diameter', place(section).diameter)/um                # pixels per micrometre
     fits = [n for n in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
             if n*px <= np.ptp(ax.get_xlim())/3]
     if not fits: return

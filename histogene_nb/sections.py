@@ -138,6 +138,17 @@ def _fitting(name, counts, genes, spots, spatial, array_col, array_row, spot_dia
     _check_places(name, genes, spots, spatial, array_col, array_row)
     return X, spatial
 
+# %% ../nbs/idea/sections.ipynb #35676033
+def _on_its_image(section, name, file):
+    "Without the spots whose centre is off the image"
+    metadata, spots = section.uns['spatial'][name]['metadata'], section.obs_names
+    size = metadata['image_width'], metadata['image_height']
+    seen = on_image(name, file, size, spots, section.obsm['spatial'])
+    if seen.all(): return section
+    section = section[seen].copy()
+    section.uns['histogene']['off_image'] = int((~seen).sum())
+    return section
+
 # %% ../nbs/idea/sections.ipynb #fb38dac9
 def new_section(
     counts, # (spots, genes) raw counts, dense or sparse
@@ -164,13 +175,7 @@ def new_section(
     uns = dict(spatial={name: info}, histogene=dict(section=name, patient=patient, source=source))
     section = AnnData(X, obs, pd.DataFrame(index=genes), obsm=dict(spatial=spatial), uns=uns)
     check_counts(section)
-    if image_path is None: return section
-    size = metadata['image_width'], metadata['image_height']
-    seen = on_image(name, Path(image_path).name, size, spots, spatial)
-    if seen.all(): return section
-    section = section[seen].copy()
-    section.uns['histogene']['off_image'] = int((~seen).sum())
-    return section
+    return section if image_path is None else _on_its_image(section, name, Path(image_path).name)
 
 # %% ../nbs/idea/sections.ipynb #0616b216
 def section_name(
@@ -267,8 +272,9 @@ def leave_one_out(
     if by not in ('section', 'patient'): raise InputError(f"by is {by!r}; it is 'section' or 'patient'.")
     unknown = [s for s,p in catalogue.patient.items() if not isinstance(p, str) or not p]
     if by == 'patient' and unknown:
-        raise InputError(f'Whose tissue {", ".join(map(str, unknown[:3]))} is, is not known ({len(unknown)} of '
-                         f'{len(catalogue)} sections). To leave out patients, say it: patient= of read_section, '
+        raise InputError(f'Whose tissue {", ".join(map(str, unknown[:3]))} is, is not known '
+                         f'({len(unknown)} of {len(catalogue)} sections). To leave out patients, say it: '
+                         'patient= of read_section, '
                          'or a column patient in obs, in the table of coordinates or in a table of sections '
                          '(--samples). Or leave out sections (--by section).')
     group = catalogue.patient if by == 'patient' else catalogue.index.to_series()

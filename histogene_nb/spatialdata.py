@@ -107,10 +107,10 @@ def _with_picture(table, shapes, name, pixels, to_pixels):
     spatial = (np.c_[middle.x, middle.y, np.ones(len(shapes))] @ to_pixels.T)[:, :2]
     info = dict(images={} if pixels is None else dict(hires=pixels),
                 scalefactors=dict(spot_diameter_fullres=float(width), tissue_hires_scalef=float(scale)))
-    about = dict(section=name, source='a SpatialData store')
-    about.update({k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'})
+    known = dict(section=name, source='a SpatialData store')
+    known.update({k: v for k,v in table.uns['histogene'].items() if k == 'counts_from'})
     section = AnnData(table.X, table.obs.copy(), table.var.copy(), obsm=dict(spatial=spatial/scale),
-                      uns=dict(spatial={name: info}, histogene=about))
+                      uns=dict(spatial={name: info}, histogene=known))
     if not {'array_col', 'array_row'} <= set(section.obs):
         section.obs['array_col'], section.obs['array_row'] = array_positions(spatial)[0].T
     return section
@@ -130,6 +130,21 @@ def _no_unpickling():
     try: yield
     finally: codec_registry['pickle'] = kept
 
+# %% ../nbs/tissue/spatialdata.ipynb #da4e3c4f
+def _store_reader(path):
+    "spatialdata's own, where it is installed"
+    try: from spatialdata import read_zarr
+    except ImportError as e:
+        raise InputError(f"{path}: reading it needs spatialdata, which is not installed: "
+                         "pip install 'histogene_nb[spatialdata]'.") from e
+    return read_zarr
+
+def _check_store(store):
+    "Raise `InputError` where a store holds what is neither file nor folder: a pipe would be waited for"
+    for p in store.rglob('*') if store.is_dir() else ():
+        if not (p.is_file() or p.is_dir()):
+            raise InputError(f'{p}: this is neither a file nor a folder. Copy the store again.')
+
 # %% ../nbs/tissue/spatialdata.ipynb #05210a49
 def read_spatialdata(
     path:str|Path, # of a store, `sample.zarr`; of one set of its spots, `sample.zarr/shapes/its_name`
@@ -140,13 +155,8 @@ def read_spatialdata(
     "Read a section of a SpatialData store: circles or squares, the table of their counts, and an image"
     path = Path(path)
     store = find_store(path) or path
-    try: from spatialdata import read_zarr
-    except ImportError as e:
-        raise InputError(f"{path}: reading it needs spatialdata, which is not installed: "
-                         "pip install 'histogene_nb[spatialdata]'.") from e
-    for p in store.rglob('*') if store.is_dir() else ():
-        if not (p.is_file() or p.is_dir()):                                     # a pipe would be waited for
-            raise InputError(f'{p}: this is neither a file nor a folder. Copy the store again.')
+    read_zarr = _store_reader(path)
+    _check_store(store)
     with reading(store, 'a SpatialData store'), _no_unpickling():
         data = read_zarr(store, selection=('images', 'shapes', 'tables'))
         counted = _counted(data)

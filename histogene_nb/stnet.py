@@ -100,6 +100,18 @@ def image_network(
     return net, *(((127/255,)*3, (128/255,)*3) if name == 'efficientnet_lite0'
                   else (net.pretrained_cfg['mean'], net.pretrained_cfg['std']))
 
+# %% ../nbs/models/stnet.ipynb #a9aa076f
+def _check_sizes(n_genes, patch_size, window, views):
+    "Raise `InputError` where a model of these sizes cannot be made"
+    if min(n_genes, patch_size) < 1 or not window > 0 or views not in range(1, 9):
+        raise InputError('n_genes and patch_size are 1 or more, window is above 0 and views 1 to 8, '
+                         f'not {(n_genes, patch_size, window, views)}.')
+
+def _fixed_side(backbone):
+    "The side of the only pictures that a network takes, or nothing: a transformer's positions fix it"
+    known = getattr(backbone, 'pretrained_cfg', {})
+    if known.get('fixed_input_size'): return known['input_size'][-1]
+
 # %% ../nbs/models/stnet.ipynb #22f26cb4
 class STNet(SpotModel):
     "A network for photographs with an output per gene; each spot on its own (He et al. 2020)"
@@ -113,15 +125,11 @@ class STNet(SpotModel):
         window:float=2., # side of the tissue that it shows, in spot diameters (2: 224 pixels on HER2+)
         views:int=8, # ways to turn and flip a patch, whose predictions are averaged: 1 to 8
     ):
-        if min(n_genes, patch_size) < 1 or not window > 0 or views not in range(1, 9):
-            raise InputError('n_genes and patch_size are 1 or more, window is above 0 and views 1 to 8, '
-                             f'not {(n_genes, patch_size, window, views)}.')
+        _check_sizes(n_genes, patch_size, window, views)
         super().__init__(n_genes=n_genes, backbone=backbone, pretrained=pretrained, patch_size=patch_size,
                          window=window, views=views)
         self.backbone, mean, std = image_network(backbone, pretrained)
-        known = getattr(self.backbone, 'pretrained_cfg', {})
-        # a transformer's positions fix the side
-        self.side = known['input_size'][-1] if known.get('fixed_input_size') else patch_size
+        self.side = _fixed_side(self.backbone) or patch_size
         for name,value in (('mean', mean), ('std', std)):
             self.register_buffer(name, 255*torch.tensor(value)[:, None, None], persistent=False)
         with torch.no_grad():
@@ -193,6 +201,14 @@ def turn_each(
     return torch.cat([turn_patches(p[None], int(way))
                       for p,way in zip(patches, torch.randint(8, (len(patches),)))])
 
+# %% ../nbs/models/stnet.ipynb #5198169d
+def _shuffled(examples, batch_size):
+    "The spots of all sections in random order, in batches"
+    spots = ConcatDataset([TensorDataset(*e) for e in examples])
+    # a last batch of one spot has no spread for batch normalisation
+    alone = len(spots) % batch_size == 1 < len(spots)
+    return DataLoader(spots, batch_size, shuffle=True, drop_last=alone)
+
 # %% ../nbs/models/stnet.ipynb #bfdfc397
 def spot_batches(
     model:STNet, # in training mode
@@ -206,11 +222,7 @@ def spot_batches(
 )->float: # mean loss
     "One epoch of `fit`: the spots of all sections in random order, a batch at a time"
     scaler, found, seen = scaler or gradient_scaler(device, 'float32'), [], []
-    spots = ConcatDataset([TensorDataset(*e) for e in examples])
-    # a last batch of one spot has no spread for batch normalisation
-    alone = len(spots) % batch_size == 1 < len(spots)
-    batches = DataLoader(spots, batch_size, shuffle=True, drop_last=alone)
-    with working('an epoch', batches, 'batch') as batches:
+    with working('an epoch', _shuffled(examples, batch_size), 'batch') as batches:
         for patches, targets in batches:
             if augment: patches = turn_each(patches)
             with mixed(device, precision): out = model(patches.to(device))
@@ -252,7 +264,7 @@ def _count_patch(model):
         return t
     one = model.pixels(torch.zeros(1, 3, size, size, device=device_of(model))).requires_grad_()
     with FlopCounterMode(display=False) as count, torch.enable_grad(), saved_tensors_hooks(note, lambda t: t):
-        held = model.backbone.eval()(one)                             # what it keeps is counted while it is held
+        held = model.backbone.eval()(one)                          # what it keeps is counted while it is held
     model.backbone.train(was)
     return count.get_total_flops(), max(kept.values()), sum(kept.values())
 

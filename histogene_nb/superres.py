@@ -114,36 +114,41 @@ def without_array(
     fits = (np.maximum(last - first - 1, 1)/(1.5*np.abs(grid[:2]).sum(0))).min()
     return grid, min(tile or fits, fits), first
 
+# %% ../nbs/idea/superres.ipynb #dd1a4e51
+def _at_places(model, section, centres, grid, first, tile, cache, **computed):
+    "The model's output (n, genes) at places on the tissue, part by part; how many it saw a padded patch of"
+    d = place(section).diameter
+    X = np.empty((len(centres), len(model.known('genes'))), dtype=np.float32)
+    some, padded = list(parts(model, centres/d, tile)), 0
+    foretell(model, some, **computed)
+    with working('prediction', some, 'part') as some:
+        for seen,kept in some:
+            here = between_spots(section, centres[seen], grid)
+            if first is not None: here.obs += first - here.obs.min()   # begin at the tile's corner
+            X[seen[kept]] = look_and_run(model, here, cache=cache, **computed)[kept]
+            padded += here.uns['histogene'].get('n_padded', 0)
+    return X, padded
+
 # %% ../nbs/idea/superres.ipynb #8ea1ad88
 def predict_dense(
     model:SpotModel, # trained, such as a HisToGene
     section:AnnData, # its image and name are used, and where its spots are
     factor:int, # k*k times the resolution of patches side by side
     grid:np.ndarray|None, # (3, 2) map from pixels to positions, from `fit_grid`; None: there is no array
-    mask:np.ndarray, # bool (h, w), where there is tissue
-    scale:float, # mask pixels per full-resolution pixel
-    device:str|torch.device|None=None, # chosen unless given
-    cache:str|Path|None=None, # folder that keeps patches
+    tissue:tuple, # where it is: mask and its pixels per full-resolution pixel, from `section_mask`
     tile:float|None=None, # see `predict_superres`
-    precision:str='auto', # of the layers, see `precision_on`
+    cache:str|Path|None=None, # folder that keeps patches
+    **computed, # device and precision, see `predict_superres`
 )->AnnData: # sub-patches x panel
     "Sub-patch expression over the tissue of an image (paper: Predicting gene expression at super-resolution)"
     if note := scale_note(model, section): print(note)
     d, first, beyond = place(section).diameter, None, 0
-    model.to(default_device(device))                             # before it looks at the tissue
-    centres, where = dense_grid(mask, scale, d, factor)
+    model.to(default_device(computed.get('device')))             # before it looks at the tissue
+    centres, where = dense_grid(*tissue, d, factor)
     if grid is None: grid, tile, first = without_array(model, centres/d, tile)
     else: centres, where, beyond = _on_its_array(model, section, grid, centres, where)
-    X = np.empty((len(centres), len(model.known('genes'))), dtype=np.float32)
-    some, padded = list(parts(model, centres/d, tile)), 0
-    foretell(model, some, device, precision)
-    with working('prediction', some, 'part') as some:
-        for seen,kept in some:
-            here = between_spots(section, centres[seen], grid)
-            if first is not None: here.obs += first - here.obs.min()   # begin at the tile's corner
-            X[seen[kept]] = look_and_run(model, here, device, cache, precision)[kept]
-            padded += here.uns['histogene'].get('n_padded', 0)
-    out = _sub_patches(model, section, X, centres, where, factor, grid, (mask, scale))
+    X, padded = _at_places(model, section, centres, grid, first, tile, cache, **computed)
+    out = _sub_patches(model, section, X, centres, where, factor, grid, tissue)
     out.uns['histogene'].update(n_padded=padded, n_beyond=beyond)
     return out
 
@@ -185,9 +190,28 @@ def predict_superres(
     trained = model.about.get('grid')
     # spots beyond the array are an error; tissue past them is not
     if 'n_pos' in model.config: spot_positions(section, trained, model.config['n_pos'])
-    mask, scale = section_mask(section)
-    return predict_dense(model, section, factor, model_grid(section, trained), mask, scale, device, cache,
-                         tile, precision)
+    tissue = section_mask(section)
+    return predict_dense(model, section, factor, model_grid(section, trained), tissue, tile, cache,
+                         device=device, precision=precision)
+
+# %% ../nbs/idea/superres.ipynb #3f5c090b
+def _shared_areas(dense, section):
+    "Pixels that each spot's patch shares with each sub-patch (spots, sub-patches), sparse"
+    d, corner = dense.uns['histogene']['patch_diameter'], np.asarray(dense.uns['histogene']['corner'])
+    k = round(dense.uns['histogene']['superres']**.5)
+    step, low = d/k, section.obsm['spatial'] - d/2
+    first = np.floor((low - corner)/step).astype(int)           # (n, 2) first sub-patch that the spot touches
+    index = {cell: i for i,cell in enumerate(zip(dense.obs.cell_col, dense.obs.cell_row))}
+    def shared(cell, axis):
+        end = np.minimum(corner[axis] + (cell + 1)*step, low[:, axis] + d)
+        return np.clip(end - np.maximum(corner[axis] + cell*step, low[:, axis]), 0, None)
+    weights = sparse.lil_matrix((len(section), len(dense)), dtype=np.float32)
+    for i in range(k + 1):
+        for j in range(k + 1):
+            area = shared(first[:, 0] + i, 0)*shared(first[:, 1] + j, 1)   # (n,) pixels shared with each spot
+            for spot,cell in enumerate(zip(first[:, 0] + i, first[:, 1] + j)):
+                if area[spot] > 1e-6*step**2 and cell in index: weights[spot, index[cell]] = area[spot]
+    return weights
 
 # %% ../nbs/idea/superres.ipynb #cb0b0687
 @working('recovering spots')
@@ -196,19 +220,7 @@ def recover_spots(
     section:AnnData, # whose spots to recover
 )->AnnData: # spots x panel: HisToGene*
     "HisToGene*: spots recovered from sub-patches (paper: HisToGene enables super-resolution), here by area"
-    d, corner = dense.uns['histogene']['patch_diameter'], np.asarray(dense.uns['histogene']['corner'])
-    k = round(dense.uns['histogene']['superres']**.5)
-    step, low = d/k, section.obsm['spatial'] - d/2
-    first = np.floor((low - corner)/step).astype(int)           # (n, 2) first sub-patch that the spot touches
-    index = {cell: i for i,cell in enumerate(zip(dense.obs.cell_col, dense.obs.cell_row))}
-    shared = lambda cell, axis: np.clip(np.minimum(corner[axis] + (cell + 1)*step, low[:, axis] + d)
-                                        - np.maximum(corner[axis] + cell*step, low[:, axis]), 0, None)
-    weights = sparse.lil_matrix((len(section), len(dense)), dtype=np.float32)
-    for i in range(k + 1):
-        for j in range(k + 1):
-            area = shared(first[:, 0] + i, 0)*shared(first[:, 1] + j, 1)   # (n,) pixels shared with each spot
-            for spot,cell in enumerate(zip(first[:, 0] + i, first[:, 1] + j)):
-                if area[spot] > 1e-6*step**2 and cell in index: weights[spot, index[cell]] = area[spot]
+    weights = _shared_areas(dense, section)
     total = np.asarray(weights.sum(1))
     if (total == 0).any():
         raise InputError(f'{section_name(section)}: spot {section.obs_names[(total == 0).ravel().argmax()]} '
@@ -221,23 +233,9 @@ def recover_spots(
                             'predicted_by': dense.uns['histogene']['predicted_by'].replace('_SR', '*')}
     return out
 
-# %% ../nbs/idea/superres.ipynb #e70e0a0e
-def predict_image(
-    model:SpotModel, # trained, such as a HisToGene
-    path:str|Path, # an H&E image
-    spot_diameter:float|None=None, # width of a training spot in pixels of this image
-    factor:int=1, # 1: patches side by side; 4, 9, 25: super-resolution
-    device:str|torch.device|None=None, # chosen unless given
-    cache:str|Path|None=None, # folder that keeps patches
-    tile:float|None=None, # see `predict_superres`
-    spot_um:float|None=None, # instead: that width in micrometres, where the file states its resolution
-    precision:str='auto', # of the layers, see `precision_on`
-)->AnnData: # patches or sub-patches x panel, over the tissue
-    "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
-    path = Path(path)
-    if (spot_diameter is None) == (spot_um is None):
-        raise InputError('Give either the spot diameter, in pixels of the image, or spot_um, in micrometres.')
-    mpp = image_mpp(path)
+# %% ../nbs/idea/superres.ipynb #37d70878
+def _spot_width(path, spot_diameter, mpp, spot_um):
+    "The width of a spot in pixels of an image, from either unit"
     if spot_diameter is None:
         if mpp is None:
             raise InputError(f'{path}: this file does not say how many micrometres wide its pixels are. '
@@ -245,6 +243,15 @@ def predict_image(
         spot_diameter = spot_um/mpp
     if not spot_diameter > 0:
         raise InputError(f'The spot diameter is a number of pixels above 0, not {spot_diameter}.')
+    return spot_diameter
+
+# %% ../nbs/idea/superres.ipynb #be424d43
+def _image_section(path, spot_diameter, spot_um):
+    "An image alone, as a section without spots"
+    if (spot_diameter is None) == (spot_um is None):
+        raise InputError('Give either the spot diameter, in pixels of the image, or spot_um, in micrometres.')
+    mpp = image_mpp(path)
+    spot_diameter = _spot_width(path, spot_diameter, mpp, spot_um)
     with open_image(path) as im: width, height = im.size
     if spot_diameter > min(width, height):
         raise InputError(f'{path}: the image has {width} x {height} pixels, '
@@ -255,5 +262,17 @@ def predict_image(
         'metadata': {'source_image_path': str(path), 'image_width': width, 'image_height': height}}}
     image.uns['histogene'] = {'section': path.stem, 'source': 'image alone'}
     if mpp: image.uns['histogene']['spot_um'] = spot_diameter*mpp
-    mask, scale = section_mask(image)
-    return predict_dense(model, image, factor, None, mask, scale, device, cache, tile, precision)
+    return image
+
+# %% ../nbs/idea/superres.ipynb #e70e0a0e
+def predict_image(
+    model:SpotModel, # trained, such as a HisToGene
+    path:str|Path, # an H&E image
+    spot_diameter:float|None=None, # width of a training spot in pixels of this image
+    factor:int=1, # 1: patches side by side; 4, 9, 25: super-resolution
+    spot_um:float|None=None, # instead: that width in micrometres, where the file states its resolution
+    **how, # device, cache, tile and precision, see `predict_superres`
+)->AnnData: # patches or sub-patches x panel, over the tissue
+    "Predict the expression of tissue from its image alone (paper: Overview of HisToGene)"
+    image = _image_section(Path(path), spot_diameter, spot_um)
+    return predict_dense(model, image, factor, None, section_mask(image), **how)

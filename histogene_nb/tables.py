@@ -57,6 +57,7 @@ def folder_name(
     if folder.parent.name == 'binned_outputs': return f'{folder_name(folder.parent.parent)}_{folder.name}'
     return folder.parent.name if folder.name == 'outs' else folder.name
 
+# %% ../nbs/tissue/tables.ipynb #e9b0b68b
 def one_file(
     folder:Path, # to look in; names that begin with . or _ are passed over
     what:str, # what the file is, for the message
@@ -135,24 +136,25 @@ def _ids(table, array):
     return {k: i for k,v in ids.items() if not (i := pd.Index(v)).has_duplicates}
 
 def _best(ids, sides):
-    "How many spots match, whether they are the columns of the counts, and by which of the names: the most there are"
+    "How many spots match, whether they are the columns of the counts, and by which names: the most there are"
     ways = [(spots.isin(i).sum(), turned, k) for turned,spots in enumerate(sides) for k,i in ids.items()]
     return max(ways, key=lambda w: w[0], default=(0, 0, None))
 
+# %% ../nbs/tissue/tables.ipynb #d55233b9
 def _match(counts, table, array, path):
     "Counts as spots x genes, and for each spot its row of the coordinates, -1 where it has none"
     ids, sides = _ids(table, array), [pd.Index(s.astype(str)) for s in (counts.index, counts.columns)]
     enough = lambda n, turned: n >= .9*min(len(table), len(sides[turned])) and n
     n, turned, k = _best(ids, sides)
-    if not enough(n, turned):                                                  # R or 10x has changed the names
+    if not enough(n, turned):                                          # R or 10x has changed the names
         ids = {k: p for k,i in ids.items() if not (p := _plain(i)).has_duplicates}
         sides = [_plain(s) for s in sides]
         n, turned, k = _best(ids, sides)
     if not enough(n, turned):
         found = f'only {n} of its {len(table)} spots are' if n else 'none of its spots is'
-        raise InputError(f'{path}: {found} in the counts, whose first row is {sides[0][0]!r} and first column '
-                         f'{sides[1][0]!r}. Are both of one section, with one name for a spot, and no name '
-                         'twice? Nine in ten must match.')
+        raise InputError(f'{path}: {found} in the counts, whose first row is {sides[0][0]!r} '
+                         f'and first column {sides[1][0]!r}. Are both of one section, with one name '
+                         'for a spot, and no name twice? Nine in ten must match.')
     _check_order(ids, k, sides[turned], path)
     return counts.T if turned else counts, ids[k].get_indexer(sides[turned])
 
@@ -162,16 +164,18 @@ def _check_order(ids, k, spots, path):
     if other == k or other not in ids: return
     one, two = (ids[i].get_indexer(spots) for i in (k, other))
     if (one >= 0).sum() == (two >= 0).sum() and (one != two).any(): raise InputError(
-        f'{path}: the names of spots in the counts, such as {spots[0]}, fit as {k} and as well as {other}. Say '
-        'which: name the spots in a column of the coordinates, as they are named in the counts.')
+        f'{path}: the names of spots in the counts, such as {spots[0]}, fit as {k} and as well as {other}. '
+        'Say which: name the spots in a column of the coordinates, as they are named in the counts.')
 
+# %% ../nbs/tissue/tables.ipynb #d21f00e7
 def _counts_table(path):
     "A table of counts with names of rows in its index; whatever is not a number is an `InputError`"
     table = load_table(path, converters={0: str})               # a gene or spot may be named NA or 001
     if table.shape[1] < 2 or not len(table):
         raise InputError(f'{path}: {len(table)} rows and {table.shape[1]} columns. A table of counts has a '
                          'row a spot, first its name, then its count of each gene; or a row a gene.')
-    names, table = table.iloc[:, 0], table.iloc[:, 1:]          # `set_index` takes seconds where names are numbers
+    # `set_index` takes seconds where names are numbers
+    names, table = table.iloc[:, 0], table.iloc[:, 1:]
     table.index = pd.Index(names)
     text = [c for c,t in zip(table.columns, table.dtypes) if not pd.api.types.is_numeric_dtype(t)]
     if text: as_numbers(table, text, path)
@@ -214,6 +218,7 @@ def _upright(xy, k, turn):
     def area(t): return np.prod(np.ptp(xy @ [[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]], axis=0))
     return min(turns[off < off.min() + np.deg2rad(5)], key=area)
 
+# %% ../nbs/tissue/tables.ipynb #1ed6bfb9
 def _on_grid(xy, k, turn, pitch):
     "Positions (n, 2) on that grid, not yet rounded: by a linear map, fitted from the middle outwards"
     across, down = (1, 1) if k == 4 else (.5, 3**.5/2)
@@ -268,7 +273,8 @@ def read_report(
     wide = f'a spot is {at.diameter:.4g} pixels wide'
     if h.get('diameter_guessed'): wide += ', taken as half of the distance between spots'
     where = [f"counts from {h['counts_from']}, as X holds something else"] if 'counts_from' in h else []
-    unknown = ['not known which spots lie on tissue']*(not {'tissue_by', 'not_in_tissue', 'on_tissue'} & set(h))
+    known = {'tissue_by', 'not_in_tissue', 'on_tissue'} & set(h)
+    unknown = [] if known else ['not known which spots lie on tissue']
     if h.get('mirrored'): wide += '; LOOK at the image: against the array it is mirrored'
     notes = [f'{h[k]} {text}' for k,text in _NOTES.items() if h.get(k)]
     return '; '.join([join_report(section), *unknown, *where, *notes, image + scale, wide,

@@ -30,7 +30,7 @@ def save_tensors(
         if v.data_ptr() in seen: tensors[k] = v.clone()
         seen.add(v.data_ptr())
     with whole_file(path) as part:
-        aside = Path(f'{part}.folder')              # safetensors makes a hidden file, with a random name, beside its own
+        aside = Path(f'{part}.folder')  # safetensors makes a hidden file, with a random name, beside its own
         try:
             aside.mkdir(exist_ok=True)
             save_file(tensors, aside/'new', {**metadata, 'checksum': _checksum(tensors, metadata)})
@@ -51,7 +51,8 @@ def read_tensors(
 )->tuple: # name -> tensor, and the metadata
     "Read tensors back; `SafetensorError` where a byte has changed"
     if not Path(path).is_file(): raise SafetensorError('it is not a file')
-    with safe_open(path, 'pt') as f: metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    with safe_open(path, 'pt') as f:
+        metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     checksum = metadata.pop('checksum', None)
     if checksum and checksum not in (_checksum(tensors, metadata), _checksum(tensors, {})):
         raise SafetensorError('its checksum does not match')
@@ -67,9 +68,11 @@ def load_tensors(
     own, other = model.state_dict(), 'This checkpoint is of another model.'
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights: raise InputError(f'{where}: weights {name} are missing. {other}')
-        if name not in own: raise InputError(f'{where}: weights {name} belong to no part of this model. {other}')
+        if name not in own: raise InputError(
+            f'{where}: weights {name} belong to no part of this model. {other}')
         if own[name].shape != weights[name].shape:
-            raise InputError(f'{where}: weights {name} have shape {tuple(weights[name].shape)}, this model needs '
+            raise InputError(f'{where}: weights {name} have shape {tuple(weights[name].shape)}, '
+                             f'this model needs '
                              f'{tuple(own[name].shape)}. This checkpoint is of a model of another size.')
     model.load_state_dict(weights)
 

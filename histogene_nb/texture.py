@@ -13,6 +13,7 @@ from collections import namedtuple
 from itertools import pairwise, product
 from pathlib import Path
 from anndata import AnnData
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from scipy.spatial import cKDTree
@@ -40,6 +41,7 @@ def fold_norms(
                 setattr(block, a, fuse_conv_bn_eval(conv, norm))
                 setattr(block, b, norm.act)
 
+# %% ../nbs/models/texture.ipynb #3fc5f2fc
 class Textures(nn.Module):
     "The first three stages of EfficientNet-Lite0, as they were trained on photographs"
     def __init__(self,
@@ -74,7 +76,7 @@ _SQUARE, _RIM = 448, 8
 
 def _seen(px): return -(-(px + 2*_RIM)//8)*8      # a square of this side, with its rim
 def _squares(low, width, size):
-    """Squares to look at, and the windows on each: of a lattice or, where that is less, the windows themselves.
+    """Squares to look at, and the windows on each: of a lattice or, if these are less, the windows.
     Their side in the image's pixels and in the tensor's; their corners (m, 2), indices of windows"""
     n, step = len(low), max(round(_SQUARE*width/size), 1)
     first, reach = np.floor(low/step), range(int(np.ceil(width/step)) + 1)
@@ -88,7 +90,7 @@ def _squares(low, width, size):
 
 # %% ../nbs/models/texture.ipynb #1a7e5749
 def _overlaps(low, high, start, side, n):
-    "How far each window reaches over each of n cells along one side: of the windows that differ, and which is whose"
+    "How far each window that differs reaches over each of n cells along one side, and which is whose"
     spans, which = np.unique(low + 1j*high, return_inverse=True)    # pairs, as complex numbers
     edges = start + side/n*np.arange(n + 1)
     over = np.minimum(spans.imag[:, None], edges[1:]) - np.maximum(spans.real[:, None], edges[:-1])
@@ -133,6 +135,7 @@ def _window_numbers(textures, image, centres, width, size, squares):
         numbers += [mean, (square - mean**2).clamp(min=0).sqrt()]
     return torch.cat(numbers, 1)
 
+# %% ../nbs/models/texture.ipynb #583720d0
 def _numbers_file(cache, textures, section, centres, windows, size):
     "Named by the image's content, the places, and all that the numbers depend on"
     weights = hashlib.blake2b(b''.join(w.detach().cpu().numpy().tobytes()
@@ -143,7 +146,8 @@ def _numbers_file(cache, textures, section, centres, windows, size):
 # %% ../nbs/models/texture.ipynb #tex-expect
 _ADVICE = 'Use another device, or let other programs end first.'
 
-# a pixel takes as long as so many operations of a matrix product: three times what torch counts, as measured on a processor
+# a pixel takes as long as so many operations of a matrix product:
+# three times what torch counts, as measured on a processor
 _A_PIXEL = 15_000
 
 def _foretell(looks, device):
@@ -151,6 +155,17 @@ def _foretell(looks, device):
     work = _A_PIXEL*sum(len(corners)*_seen(px)**2 for *_,(_,px,corners,_) in looks)
     n = len(looks[0][0])
     expect(f'Looking at {n} places', (work, 12*160*len(looks)*n), device, 'float32', _ADVICE)
+
+# %% ../nbs/models/texture.ipynb #10823bb2
+def _all_windows(textures, section, looks):
+    "The numbers of windows of all widths, side by side (n, 160 a width), from the section's image"
+    device = device_of(textures)
+    _foretell(looks, device)
+    with (torch.no_grad(), kept_memory(), all_digits(),
+          enough_memory(device, 'Looking at the tissue', _ADVICE),
+          section_image(section) as image, decoding(place(section).path or place(section).name)):
+        image = as_rgb(image)
+        return torch.cat([_window_numbers(textures, image, *look) for look in looks], 1)
 
 # %% ../nbs/models/texture.ipynb #088fe176
 def texture_numbers(
@@ -166,16 +181,12 @@ def texture_numbers(
         raise InputError(f'windows are one or more, each above 0, not {tuple(windows)}.')
     centres = section.obsm['spatial'] if centres is None else centres
     checked = [window_places(section, centres, w) for w in windows]
-    centres, device = checked[0][0], device_of(textures)
+    centres = checked[0][0]
     file = _numbers_file(cache, textures, section, centres, windows, size) if cache is not None else None
     if file and (known := read_array(file, (len(centres), 160*len(windows)), np.float32)) is not None:
         return known
     looks = [(at, side, size, _squares(at - side/2, side, size)) for at,side in checked]
-    _foretell(looks, device)
-    with (torch.no_grad(), kept_memory(), all_digits(), enough_memory(device, 'Looking at the tissue', _ADVICE),
-          section_image(section) as image, decoding(place(section).path or place(section).name)):
-        image = as_rgb(image)
-        numbers = torch.cat([_window_numbers(textures, image, *look) for look in looks], 1)
+    numbers = _all_windows(textures, section, looks)
     if file: save_array(file, numbers.numpy())
     return numbers
 
@@ -196,10 +207,10 @@ def texture_example(
 # a ln yield of 1/10 counts as one standard deviation of a texture
 _YIELD = 10.
 
-def _see(numbers, positions, about):
+def _see(numbers, positions, fitted):
     "Standardised numbers and the array's yield, (n, d + 1)"
-    return np.c_[(numbers - about['centre'])/about['scale'],
-                 _YIELD*at_positions(about['yields'], positions)].astype(np.float32)
+    return np.c_[(numbers - fitted['centre'])/fitted['scale'],
+                 _YIELD*at_positions(fitted['yields'], positions)].astype(np.float32)
 
 # %% ../nbs/models/texture.ipynb #d8f26b79
 def _prepare(examples, rank, use_array, more=()):
@@ -209,17 +220,17 @@ def _prepare(examples, rank, use_array, more=()):
     none = np.zeros((1, 1), dtype=np.float32)
     tables = lambda known: array_yields(known) if use_array and known else (none, none)
     pooled = np.concatenate([e.numbers[e.alive] for e in examples])
-    about = dict(centre=pooled.mean(0), scale=pooled.std(0) + 1e-6)
-    about['yields'], about['dead_share'] = tables(sections)
+    fitted = dict(centre=pooled.mean(0), scale=pooled.std(0) + 1e-6)
+    fitted['yields'], fitted['dead_share'] = tables(sections)
     # a section must not foretell itself
     others = [tables([s for s in sections if s is not e.section])[0] for e in examples]
-    H = [_see(e.numbers, e.positions, {**about, 'yields': t})[e.alive] for e,t in zip(examples, others)]
+    H = [_see(e.numbers, e.positions, {**fitted, 'yields': t})[e.alive] for e,t in zip(examples, others)]
     Y = np.concatenate([e.Y[e.alive] - e.Y[e.alive].mean(0) for e in examples])
     U, S, V = np.linalg.svd(Y, full_matrices=False)
-    about['basis'], about['mean'] = V[:rank], np.concatenate([e.Y[e.alive] for e in examples]).mean(0)
+    fitted['basis'], fitted['mean'] = V[:rank], np.concatenate([e.Y[e.alive] for e in examples]).mean(0)
     dead = [e.Y[~e.alive] for e in examples if not e.alive.all()]
-    about['dead'] = np.concatenate(dead).mean(0) if dead else np.zeros_like(about['mean'])
-    return H, np.split(U[:, :rank]*S[:rank], np.cumsum([len(h) for h in H])[:-1]), about
+    fitted['dead'] = np.concatenate(dead).mean(0) if dead else np.zeros_like(fitted['mean'])
+    return H, np.split(U[:, :rank]*S[:rank], np.cumsum([len(h) for h in H])[:-1]), fitted
 
 # %% ../nbs/models/texture.ipynb #1ef94d00
 def _ridge(H, T, alphas):
@@ -233,10 +244,10 @@ def _ridge(H, T, alphas):
     return [vector @ ((vector.T @ (H.T @ T))/(value + a*H.shape[1])[:, None]) for a in alphas]
 
 # %% ../nbs/models/texture.ipynb #606ee8bc
-def _expression(scores, positions, about):
+def _expression(scores, positions, fitted):
     "From scores of patterns to genes; where the array is dead, what dead spots show"
-    dead = at_positions(about['dead_share'], positions)[:, None]
-    return (1 - dead)*(about['mean'] + scores @ about['basis'][:scores.shape[1]]) + dead*about['dead']
+    dead = at_positions(fitted['dead_share'], positions)[:, None]
+    return (1 - dead)*(fitted['mean'] + scores @ fitted['basis'][:scores.shape[1]]) + dead*fitted['dead']
 
 # %% ../nbs/models/texture.ipynb #75006410
 def colour_numbers(
@@ -284,12 +295,12 @@ def inner_folds(
     found = {}
     with working('inner folds', examples, 'fold') as each:
         for e in each:
-            H, T, about = _prepare([o for o in examples if o is not e], max(ranks), use_array, array_from)
-            seen, Y = _see(e.numbers, e.positions, about), e.Y - e.Y.mean(0)
+            H, T, fitted = _prepare([o for o in examples if o is not e], max(ranks), use_array, array_from)
+            seen, Y = _see(e.numbers, e.positions, fitted), e.Y - e.Y.mean(0)
             for a,w in zip(alphas, _ridge(H, T, alphas)):
                 scores = seen @ w
                 for k in ranks:
-                    P = _expression(scores[:, :k], e.positions, about)
+                    P = _expression(scores[:, :k], e.positions, fitted)
                     P = P - P.mean(0)
                     norm = np.sqrt((P**2).sum(0)*(Y**2).sum(0))
                     found[k, a, section_name(e.section)] = ((P*Y).sum(0)[norm > 0]/norm[norm > 0]).mean()
@@ -339,6 +350,18 @@ class SpotTransformer(nn.Module):
         "Scores of each spot"
         return self.head(self.blocks(self.embed(self.dropout(x))[None]))[0]
 
+# %% ../nbs/models/texture.ipynb #627ffbdb
+def _check_texture(rank, sizes, array, members, windows):
+    "Raise `InputError` where a model of these sizes cannot be made"
+    if rank is not None and rank != int(min(rank, 1e6)):
+        raise InputError(f'rank is a whole number, not {rank}.')
+    n_genes, *others = sizes
+    sizes = n_genes, 1 if rank is None else rank, *others
+    if min(*sizes, *array, members + 1) < 1 or not windows or not min(windows) > 0:
+        raise InputError('n_genes, rank, size, dim, depth, heads and array are 1 or more, '
+                         'members 0 or more and windows above 0, '
+                         f'not {sizes}, {tuple(array)}, {members} and {tuple(windows)}.')
+
 # %% ../nbs/models/texture.ipynb #d44c8ad9
 class TextureModel(SpotModel):
     "Ridge regression and small transformers on textures, averaged; a few patterns, mixed into genes"
@@ -358,68 +381,68 @@ class TextureModel(SpotModel):
         array:tuple=(1, 1), # places of the array that something is known of, along x and y
         pretrained:bool=True, # with the photograph network's weights; False before others are loaded
     ):
-        if rank is not None and rank != int(min(rank, 1e6)): raise InputError(f'rank is a whole number, not {rank}.')
-        if min(sizes := (n_genes, 1 if rank is None else rank, size, dim, depth, heads, *array,
-                         members + 1)) < 1 or not windows or not min(windows) > 0:
-            raise InputError('n_genes, rank, size, dim, depth, heads and array are 1 or more, '
-                             'members 0 or more and windows above 0, '
-                             f'not {sizes[:6]}, {tuple(array)}, {members} and {tuple(windows)}.')
+        _check_texture(rank, (n_genes, size, dim, depth, heads), array, members, windows)
         super().__init__(n_genes=n_genes, rank=rank, windows=list(windows), size=size,
                          members=members, dim=dim, depth=depth, heads=heads, dropout=dropout,
                          use_array=use_array, array=list(array), pretrained=pretrained)
         self.textures = Textures(load_lite0() if pretrained else None)
         self.shape(rank or 1, array)
 
-    def shape(self,
-        rank:int, # patterns
-        array:tuple, # places of the array, along x and y
-    ):
-        "Room for this many patterns, on an array of this size"
-        c, d = self.config, 160*len(self.config['windows'])
-        shapes = dict(centre=(d,), scale=(d,), linear=(d + 1, rank), basis=(rank, c['n_genes']),
-                      mean=(c['n_genes'],), dead=(c['n_genes'],), yields=array, dead_share=array)
-        for k,shape in shapes.items(): self.register_buffer(k, torch.zeros(tuple(shape)))
-        self.members = nn.ModuleList(
-            SpotTransformer(d + 1, rank, c['dim'], c['depth'], c['heads'], c['dropout'])
-            for _ in range(c['members']))
+# %% ../nbs/models/texture.ipynb #007f3a2f
+@patch
+def shape(self:TextureModel,
+    rank:int, # patterns
+    array:tuple, # places of the array, along x and y
+):
+    "Room for this many patterns, on an array of this size"
+    c, d = self.config, 160*len(self.config['windows'])
+    shapes = dict(centre=(d,), scale=(d,), linear=(d + 1, rank), basis=(rank, c['n_genes']),
+                  mean=(c['n_genes'],), dead=(c['n_genes'],), yields=array, dead_share=array)
+    for k,shape in shapes.items(): self.register_buffer(k, torch.zeros(tuple(shape)))
+    self.members = nn.ModuleList(
+        SpotTransformer(d + 1, rank, c['dim'], c['depth'], c['heads'], c['dropout'])
+        for _ in range(c['members']))
 
-    def look(self,
-        section, # AnnData with an image: its spots, or places between them
-        cache=None, # folder that keeps the numbers
-    )->tuple: # numbers (n, d), positions long (n, 2): -1 where there is no spot of an array
-        "What the model sees of a section's places"
-        between, c = 'between_spots' in section.uns['histogene'], self.config
-        numbers = texture_numbers(self.textures, section, tuple(c['windows']), c['size'], None, cache)
-        on_array = not between and array_step(section) == self.about.get('array_step')
-        positions = (section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64) if on_array
-                     else np.full((len(numbers), 2), -1))
-        return numbers, torch.from_numpy(np.ascontiguousarray(positions))
+# %% ../nbs/models/texture.ipynb #906df398
+@patch
+def look(self:TextureModel,
+    section, # AnnData with an image: its spots, or places between them
+    cache=None, # folder that keeps the numbers
+)->tuple: # numbers (n, d), positions long (n, 2): -1 where there is no spot of an array
+    "What the model sees of a section's places"
+    between, c = 'between_spots' in section.uns['histogene'], self.config
+    numbers = texture_numbers(self.textures, section, tuple(c['windows']), c['size'], None, cache)
+    on_array = not between and array_step(section) == self.about.get('array_step')
+    positions = (section.obs[['array_col', 'array_row']].to_numpy(dtype=np.int64) if on_array
+                 else np.full((len(numbers), 2), -1))
+    return numbers, torch.from_numpy(np.ascontiguousarray(positions))
 
-    def on_table(self,
-        table:Tensor, # (x, y)
-        positions:Tensor, # long (n, 2)
-    )->Tensor: # (n,), 0 where the table does not reach
-        "A table's values at some array positions"
-        size = torch.tensor(table.shape, device=positions.device)
-        inside = ((positions >= 0) & (positions < size)).all(1)
-        x, y = positions.clamp(min=0).minimum(size - 1).unbind(1)
-        return torch.where(inside, table[x, y], 0.)
+# %% ../nbs/models/texture.ipynb #0d685973
+@patch
+def on_table(self:TextureModel,
+    table:Tensor, # (x, y)
+    positions:Tensor, # long (n, 2)
+)->Tensor: # (n,), 0 where the table does not reach
+    "A table's values at some array positions"
+    size = torch.tensor(table.shape, device=positions.device)
+    inside = ((positions >= 0) & (positions < size)).all(1)
+    x, y = positions.clamp(min=0).minimum(size - 1).unbind(1)
+    return torch.where(inside, table[x, y], 0.)
 
-    def forward(self,
-        numbers:Tensor, # (n, d), from `look`
-        positions:Tensor, # long (n, 2), from `look`
-    )->Tensor: # (n, n_genes)
-        "Predicted expression of each place"
-        with full_precision(numbers):
-            x = torch.cat([(numbers - self.centre)/self.scale,
-                           _YIELD*self.on_table(self.yields, positions)[:, None]], 1)
-            scores = x @ self.linear
-            if self.members: scores = (scores + torch.stack([m(x) for m in self.members]).mean(0))/2
-            dead = self.on_table(self.dead_share, positions)[:, None]
-            return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
-
-# %% ../nbs/models/texture.ipynb #4fb8908c
-from fastcore.basics import patch
+# %% ../nbs/models/texture.ipynb #09860af1
+@patch
+def forward(self:TextureModel,
+    numbers:Tensor, # (n, d), from `look`
+    positions:Tensor, # long (n, 2), from `look`
+)->Tensor: # (n, n_genes)
+    "Predicted expression of each place"
+    with full_precision(numbers):
+        x = torch.cat([(numbers - self.centre)/self.scale,
+                       _YIELD*self.on_table(self.yields, positions)[:, None]], 1)
+        scores = x @ self.linear
+        if self.members: scores = (scores + torch.stack([m(x) for m in self.members]).mean(0))/2
+        dead = self.on_table(self.dead_share, positions)[:, None]
+        return (1 - dead)*(self.mean + scores @ self.basis) + dead*self.dead
 
 # %% ../nbs/models/texture.ipynb #e8364ffa
 # a share of a section is shown in a step, but no more spots than this: attention takes the square of them,
@@ -428,6 +451,7 @@ _SHARE, _MOST = .7, 500
 
 def _shown(n): return max(2, min(int(_SHARE*n), _MOST))
 
+# %% ../nbs/models/texture.ipynb #d779a646
 def _train_member(member, H, T, steps, lr, seed, device):
     """Loss of each step; the member's output is in units of the first pattern's standard deviation
     until it is done"""
@@ -492,6 +516,15 @@ def begin(self:TextureModel,
                          'learned of their positions. Train on one kind, or with use_array=False.')
     self.about['array_step'] = array_step(sections[0])
 
+# %% ../nbs/models/texture.ipynb #a58d96fe
+def _choose(examples, rank, alpha, how):
+    "What is not given of rank and penalty, found on inner folds; and what these found, as rows of a table"
+    if len(examples) == 1 or None not in (rank, alpha): best, rows = (3, 1.), []
+    else:
+        inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), **how)
+        best, rows = simplest_setting(inner), inner.round(5).reset_index().to_dict('records')
+    return int(best[0] if rank is None else rank), float(best[1] if alpha is None else alpha), rows
+
 # %% ../nbs/models/texture.ipynb #60756b5a
 @patch
 def learn(self:TextureModel,
@@ -509,17 +542,13 @@ def learn(self:TextureModel,
     rank, use_array = self.config['rank'], self.config['use_array']
     examples = [texture_example(s, numbers.numpy(), Y.numpy()) for s,(numbers,_,Y) in zip(sections, examples)]
     how = dict(use_array=use_array, array_from=array_from)
-    ask = len(examples) > 1 and None in (rank, alpha)
-    inner = inner_folds(examples, ranks=(1, 2, 3, 5, 10) if rank is None else (rank,), **how) if ask else None
-    chosen = simplest_setting(inner) if ask else (3, 1.)
-    alpha = float(chosen[1] if alpha is None else alpha)
-    rank = min(int(chosen[0] if rank is None else rank), self.config['n_genes'],
-               sum(int(e.alive.sum()) for e in examples))
-    H, T, about = _prepare(examples, rank, use_array, array_from)
-    array, device = about['yields'].shape, default_device(device)
+    rank, alpha, inner = _choose(examples, rank, alpha, how)
+    rank = min(rank, self.config['n_genes'], sum(int(e.alive.sum()) for e in examples))
+    H, T, fitted = _prepare(examples, rank, use_array, array_from)
+    array, device = fitted['yields'].shape, default_device(device)
     with drawn_from(seed): self.shape(rank, array)
     self.config.update(rank=rank, array=list(array))
-    for k,v in {**about, 'linear': _ridge(H, T, [alpha])[0]}.items():
+    for k,v in {**fitted, 'linear': _ridge(H, T, [alpha])[0]}.items():
         getattr(self, k).copy_(torch.as_tensor(v))
     self.to(device)                                               # whole, before its parts are trained
     work, size = zip(*(self.cost(len(h), train=True) for h in H))
@@ -528,5 +557,5 @@ def learn(self:TextureModel,
         each = [_train_member(m, H, T, steps, lr, seed*1_000 + i, device) for i,m in enumerate(members)]
     self.about['training'].update(rank=rank, alpha=alpha, use_array=use_array,
                                   array_from=[section_name(s) for s in array_from])
-    self.about['inner_folds'] = inner.round(5).reset_index().to_dict('records') if ask else []
+    self.about['inner_folds'] = inner
     return np.mean(each, 0).tolist() if each else []

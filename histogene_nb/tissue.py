@@ -126,6 +126,7 @@ def _check_windows(c, size, h, w):
                          f'image of {w} x {h} px ({out.sum()} such in all). '
                          'Give centres (x, y) at least half a window inside.')
 
+# %% ../nbs/tissue/tissue.ipynb #659191ab
 def true_expression(
     section:AnnData, # made by `synthetic_section`, or some of its spots and genes
     centres:np.ndarray, # (n, 2) centres (x, y) of windows in full-resolution px

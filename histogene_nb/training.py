@@ -70,6 +70,13 @@ def section_loss(
     with mixed(device, precision): out = model(*seen)
     return F.mse_loss(out, same_shape(out, targets))
 
+# %% ../nbs/idea/training.ipynb #1ad07707
+def _mean_loss(found, n):
+    "The mean of the losses that all processes found, of n sections"
+    total = torch.tensor(sum(torch.stack(found).tolist()) if found else 0., dtype=torch.float64)
+    add_up(total)
+    return total.item()/n
+
 # %% ../nbs/idea/training.ipynb #cbb76c4a
 def one_pass(
     model:nn.Module, # in training mode, such as a HisToGene
@@ -95,9 +102,7 @@ def one_pass(
             found.append(loss.detach())                # read once an epoch: no waiting for a card
         add_gradients(model)
         scaler.step(opt); scaler.update()
-    total = torch.tensor(sum(torch.stack(found).tolist()) if found else 0., dtype=torch.float64)
-    add_up(total)
-    return total.item()/len(examples)
+    return _mean_loss(found, len(examples))
 
 # %% ../nbs/idea/training.ipynb #fa7d1e00
 def _check_run(model, examples, epochs, lr, every):

@@ -101,7 +101,8 @@ def _visium_positions(folder):
     numbers = numbers.set_index(table.barcode.astype(str)).dropna()
     odd = (numbers[['array_row', 'array_col']] % 1).any(axis=1)
     if odd.any() or not len(numbers):
-        what = (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; {int(odd.sum())} such '
+        what = (f'spot {numbers.index[odd.argmax()]} has no whole array_row and array_col; '
+                f'{int(odd.sum())} such '
                 'in all' if len(numbers) else 'no spot has a position')
         raise InputError(f'{file}: {what}. Give the file as spaceranger wrote it.')
     return numbers.astype(dict(array_row=int, array_col=int))

@@ -57,6 +57,7 @@ OPEN = 'Write your code where it says "# your code here", run that cell, then th
 RESTART = ('Was a cell above left out, or a name of the lesson used for something else? '
            'Restart the kernel, and run all cells above this one.')
 
+# %% ../nbs/workshop/workshop.ipynb #78daab16
 def _judge(
     answer, # the learner's
     right, # a right answer
@@ -123,7 +124,8 @@ def solved(
     "A right answer of an exercise, for what follows it"
     names = inspect.currentframe().f_back.f_globals
     right = _known(_maker(exercise, names), names)['right']
-    if right is None: raise InputError(f'Exercise {exercise} has many right answers, and none of them is kept.')
+    if right is None: raise InputError(
+        f'Exercise {exercise} has many right answers, and none of them is kept.')
     return right
 
 # %% ../nbs/workshop/workshop.ipynb #c0000010

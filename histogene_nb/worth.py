@@ -52,9 +52,9 @@ def from_molecules(
         full.append(_centred(s, patterns.index) @ V)                # (n, patterns)
     A, T = np.concatenate(known), np.concatenate(full)
     weights = np.linalg.solve(A.T @ A/len(A) + penalty*np.eye(A.shape[1]), A.T @ T/len(A))
-    about = [normalize(s, list(patterns.index)) for s in training]
-    mean = np.concatenate([a.X for a in about]).mean(0)
-    return as_prediction(few, mean + _seen(few, patterns) @ weights @ V.T, about, f'{here:.3g} molecules')
+    whole = [normalize(s, list(patterns.index)) for s in training]
+    mean = np.concatenate([a.X for a in whole]).mean(0)
+    return as_prediction(few, mean + _seen(few, patterns) @ weights @ V.T, whole, f'{here:.3g} molecules')
 
 # %% ../nbs/judging/worth.ipynb #eca93275
 def worth(

@@ -455,7 +455,7 @@ def test_moved_super_resolution(mask, scale, diameter, k, by, seed):
         path = Path(folder)/'he.png'
         Image.fromarray(pixels).save(path)
         section = new_section(np.ones((9, 1)), ['G'], range(9), 5.3 + at*16.17 + shift, *(at + 5).T, 's', 's', path, diameter)
-        try: return predict_dense(model, section, k*k, fit_grid(section), mask, scale, 'cpu')
+        try: return predict_dense(model, section, k*k, fit_grid(section), (mask, scale), device='cpu')
         except InputError as e: return 'smaller than a patch' in str(e)
     with TemporaryDirectory() as folder:
         a = predicted(pixels, mask, 0)

@@ -15,7 +15,8 @@ def setup(folder=root):
     config.read(folder/'settings.ini', encoding='utf-8')
     return f"""{start} installs the package where it is missing, and says what it computes on
 try: import histogene_nb
-except ImportError: get_ipython().run_line_magic('pip', 'install -q git+{config['DEFAULT']['git_url']}')
+except ImportError:
+    get_ipython().run_line_magic('pip', 'install -q git+{config['DEFAULT']['git_url']}')
 from histogene_nb.devices import computes_on
 print(computes_on())"""
 
