@@ -277,14 +277,13 @@ def histogene_train(
     from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.interface import learned, model_class, save_pretrained
-    from histogene_nb.devices import default_device, device_name, precision_on, processes
+    from histogene_nb.devices import default_device, device_name, processes
     rank, world = processes(device)  # before the first use of a card
     chosen, kind = default_device(device), model_class(model)
     genes = read_panel(panel) if panel else select_panel(data, n_top, min_spots)
     data = [_some(s, max_spots, seed) for s in data]
-    layers = f" in {precision_on(chosen, precision or 'auto')}" if kind.rounds else ''
     print(f'{len(data)} sections, {sum(len(s) for s in data)} spots, {len(genes)} genes, '
-          f'on {chosen} ({device_name(chosen)}){layers}')
+          f'on {chosen} ({device_name(chosen)})')
     if more: given['array_from'] = [_read(s, root) for s in more]
     file = out/'training.safetensors'
     net, losses = kind.train_on(data, genes, normalization, seed, device, file, cache, **given)
@@ -298,7 +297,8 @@ def histogene_train(
     if 'error' in how_well and how_well['error'] < how_well['mean_error']:
         print(learned(net))  # else train_on has said it
     change = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
-    print(f'{change} in {time.perf_counter() - start:.0f} s; model in {out}')
+    layers = f", layers in {how_well['precision']}" if kind.rounds else ''
+    print(f'{change} in {time.perf_counter() - start:.0f} s{layers}; model in {out}')
 
 # %% ../nbs/runs/commands.ipynb #1283dca9
 _TABLE = 'gene,r,p,neg_log10_p,n,status'  # first line of the table of correlations

@@ -66,7 +66,7 @@ def fast_bfloat16()->bool: # whether PyTorch finds instructions for it
 def precision_on(
     device:torch.device, # from `default_device`
     asked:str='auto', # 'auto', or one of `PRECISIONS`
-    model:nn.Module|None=None, # to predict with; None: to train
+    model:nn.Module|None=None, # whose layers; of an unknown size unless given
 )->str: # one of `PRECISIONS`
     "The precision of a network's layers; its head and the loss are float32 whatever this is"
     if asked not in ('auto', *PRECISIONS):

@@ -86,7 +86,7 @@ def train_on(cls:SpotModel,
     own, how = cls._sorted(settings, sections)
     with drawn_from(seed): model = cls(n_genes=len(panel), **own)
     _check_config(model)
-    device, how = _where(cls, device, how)
+    device, how = _where(model, device, how)
     model.about = dict(genes=list(panel), normalization=normalization,
                        sections=[section_name(s) for s in sections], training=_record(cls, seed, how))
     model.begin(sections, **how)
@@ -170,14 +170,14 @@ def _sorted(cls:SpotModel, settings, sections):
     return ({k: v for k,v in settings.items() if k in own},
             {k: v for k,v in settings.items() if k not in own})
 
-def _where(cls, device, how):
+def _where(model, device, how):
     "The device to train on, and the settings of the training with the precision that goes with it"
     # asked before the first use of a card
-    if processes(device)[1] > 1 and 'batch' not in cls.settings():
-        raise InputError(f'{cls.name} trains in one process. Start it without torchrun.')
+    if processes(device)[1] > 1 and 'batch' not in model.settings():
+        raise InputError(f'{model.name} trains in one process. Start it without torchrun.')
     device = default_device(device)
-    if 'precision' not in cls.settings(): return device, how
-    return device, {**how, 'precision': precision_on(device, how.get('precision', 'auto'))}
+    if 'precision' not in model.settings(): return device, how
+    return device, {**how, 'precision': precision_on(device, how.get('precision', 'auto'), model)}
 
 # %% ../nbs/models/interface.ipynb #b4edacfa
 def _check_config(model):

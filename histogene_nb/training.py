@@ -190,7 +190,7 @@ def fit(
     (as the released code does)"""
     _check_run(model, examples, epochs, lr, every)
     (rank, world), device = processes(device), default_device(device)
-    precision = precision_on(device, precision)
+    precision = precision_on(device, precision, model)
     _check_share(batch, world, device)
     more = dict(batch=batch) if batch > 1 else {}
     file = Path(checkpoint) if checkpoint is not None else None
