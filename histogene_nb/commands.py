@@ -25,8 +25,11 @@ def _samples(file):
     file = Path(file)
     with reading(file, 'a table of samples'):
         lines = file.read_text(encoding='utf-8-sig').splitlines()
+        lines[:1] = [l.lower() for l in lines[:1]]
         table = csv.DictReader(lines, delimiter=next((d for d in '\t;' if d in ''.join(lines[:1])), ','))
-        columns, rows = table.fieldnames or [], [(table.line_num, row) for row in table]
+        rows = [(table.line_num, {k: v for k,v in row.items() if k != '' or v})      # Excel leaves empty ones
+                for row in table if any(row.values())]
+        columns = [c for c in table.fieldnames or [] if c or any('' in row for _,row in rows)]
     if 'path' not in columns or set(columns) - set(_COLUMNS): raise InputError(
         f'{file}: its first line is {", ".join(columns) or "missing"}. A table of samples has a column path, '
         f'and may have {", ".join(_COLUMNS[1:])}.')
@@ -39,7 +42,7 @@ def _sample(file, where, row):
     row = {k: v.strip() for k,v in row.items() if v and v.strip()}
     if more: raise InputError(f'{where}: there are more cells than columns. Quote what has commas in it.')
     if 'path' not in row: raise InputError(f'{where}: there is no path. Give the section one.')
-    beside = file.parent/row['path']
+    beside = file.parent/Path(row['path']).expanduser()
     own = row['path'] != beside.name                   # ./C3 is a path, where C3 may be a published section
     if own or beside.exists() or beside.suffix:
         row['path'] = os.path.join('.'*(own and str(beside) == beside.name), beside)
@@ -181,6 +184,8 @@ def _model_folder(out, goes_on):
     "Make the folder for a model; `InputError` where there is one already, or the checkpoint of another kind"
     made, begun = (out/'config.json').exists(), (out/'training.safetensors').exists()
     # with both, a training was killed at its very end, and goes on to that
+    if (out/'model.safetensors').exists() and not (made or begun): raise InputError(
+        f'{out}: there is model.safetensors of another program. Choose another folder with --out.')
     if made and not (begun and goes_on): raise InputError(
         f'{out}: there is a trained model already, and it is left as it is. '
         'Choose another folder with --out, or delete this one.')
@@ -201,6 +206,8 @@ def _check_training(training, more, max_spots, trust_folds):
     if max_spots is not None and max_spots < 1:
         raise InputError(f'max_spots, of a section, is a number from 1, not {max_spots}.')
     seen = [os.path.realpath(t['path']) for t in training]
+    if twice := [t['path'] for t,s in zip(training, seen) if seen.count(s) > 1]: raise InputError(
+        f'{twice[0]} is given twice. A section teaches once: give it once.')
     for a in more:
         if (path := os.path.realpath(a['path'])) in seen: raise InputError(
             f'{a["path"]} is given to --array-from, and is trained on or given there twice. '
@@ -469,6 +476,10 @@ def histogene_predict(
                                 + ' '.join(f'{k}: {e}' for k,e in failed.items()))
 
 # %% ../nbs/runs/commands.ipynb #504bbe74
+_STAMP = 'histogene_plot'  # by which a picture of ours is known
+
+def _is_plot(file): return file.is_file() and _STAMP.encode() in file.read_bytes()
+
 def _read_prediction(path):
     "What `histogene_predict` wrote"
     import anndata as ad
@@ -523,6 +534,9 @@ def histogene_plot(
     kind = Path(out).suffix.lower()[1:]
     if kind not in ('png', 'pdf', 'svg'):
         raise InputError(f'--out names a .png, .pdf or .svg file, not {out}.')
+    if Path(out).exists() and not _is_plot(Path(out)): raise InputError(
+        f'{out}: this file is there already, and histogene_plot did not write it. '
+        'Give another name with --out.')
     predictions = [predictions] if isinstance(predictions, (str, Path)) else list(predictions)
     for p in predictions:
         if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
@@ -537,7 +551,8 @@ def histogene_plot(
         'Give those of one section.')
     genes, observed = _to_draw(found, predictions, genes, section, root)
     fig = plot_predictions(maps, genes, observed)
-    with whole_file(out) as part: fig.savefig(part, format=kind, dpi=110)
+    stamp = {'Software' if kind == 'png' else 'Creator': _STAMP}
+    with whole_file(out) as part: fig.savefig(part, format=kind, dpi=110, metadata=stamp)
     plt.close(fig)
     print(f'{", ".join(genes)} in {out}')
 
@@ -717,6 +732,9 @@ def histogene_demo(
     from histogene_nb.tissue import synthetic_sections
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
+    if (out/'model').exists() and not (out/'sections').exists(): raise InputError(
+        f'{out}: there is a folder model already, and histogene_demo did not make it. '
+        'Choose another folder with --out.')
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
     *training, held_out = synthetic_sections(out/'sections', names, seed)
     panel = select_panel(training, n_top=120, min_spots=200)

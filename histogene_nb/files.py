@@ -107,7 +107,8 @@ def look_for(
     "Which section is meant: what is on the disk, or else a published one; `InputError` for neither, or both"
     path, text = Path(section), str(section)
     folders = [Path(root)] if root else [data_folder(), data_folder().with_name('cscc')]
-    if any(p.suffix.lower() == '.zarr' for p in path.parents): return path    # what is in a store, its reader knows
+    inside = any(p.suffix.lower() == '.zarr' for p in path.parents) or path.parent.is_file()
+    if inside: return path                                         # what is in a store or a file, its reader knows
     name = glob.escape(path.name)
     if len(path.parts) != 1 or path.suffix or text != path.name:
         if path.exists() or path.name and any(path.parent.glob(f'ST-cnts/{name}.tsv*')): return path

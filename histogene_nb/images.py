@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from fastcore.basics import patch
 from openslide import OpenSlide, OpenSlideCache, OpenSlideError
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from tifffile import TiffFile
 from .files import InputError
 
@@ -80,6 +80,7 @@ def _open_whole(path, frame=0):
     try:
         Image.MAX_IMAGE_PIXELS = None
         image = Image.open(gzip.open(path) if path.suffix == '.gz' else path)
+        if isinstance(image, ImageFile.StubImageFile): raise OSError(f'{image.format} is no image')
         image.seek(frame)
         image.filename = str(path)
     except Exception as e:
@@ -371,16 +372,23 @@ def _open_tiles(path):
     return image
 
 # %% ../nbs/tissue/images.ipynb #f0078269
+_OTHERS = '.czi', '.vsi', '.lif', '.nd2', '.oir', '.zvi', '.isyntax', '.dcm', '.pdf', '.heic', '.heif', '.jxl'
+
 @contextmanager
 def open_image(
     path:str|Path, # whatever Pillow reads; TIFF in tiles, OME-TIFF, BigTIFF; scanners' own formats
 ): # an open PIL image, `TiledImage` or `SlideImage`: its size is known, no pixel is decoded yet
     "Open a histology image of any size by its header, and close it afterwards"
     path = Path(path)
+    if path.is_dir(): raise InputError(f'{path}: this is a folder. Give an image file.')
     if not path.is_file():
         raise InputError(f'{path}: there is no such image. Check the path; HER2+ images come with '
                          'download_her2st.')
-    with _open_slide(path) or _open_tiles(path) or _open_whole(path) as image: yield image
+    try: opened = _open_slide(path) or _open_tiles(path) or _open_whole(path)
+    except InputError as e:
+        if path.suffix.lower() not in _OTHERS: raise
+        raise InputError(f'{path}: this is a {path.suffix[1:]} file that cannot be read here. Export it as a TIFF.') from e
+    with opened as image: yield image
 
 # %% ../nbs/tissue/images.ipynb #b53c7e18
 def image_mpp(

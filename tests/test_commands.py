@@ -355,6 +355,31 @@ def test_files_of_others_stay(model, files, tmp_path, kind):
     with pytest.raises(InputError, match=f'p.{kind}: this file is there already, and histogene_predict did not write it'): histogene_predict(str(model), str(files/'Y1.h5ad'), out=str(tmp_path/'p.h5ad'))
     assert mine.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [mine.name]
 
+@pytest.mark.parametrize('kind', ['png', 'pdf', 'svg'])
+def test_pictures_of_others_stay(predictions, files, tmp_path, kind):
+    "A photograph in the place of a plot; an earlier plot is drawn anew"
+    import matplotlib
+    matplotlib.use('Agg')
+    mine = tmp_path/f'he.{kind}'
+    mine.write_bytes((files/'Y1.jpg').read_bytes())
+    with pytest.raises(InputError, match=f'he.{kind}: this file is there already, and histogene_plot did not write it'): histogene_plot([str(files/'spots.h5ad')], out=str(mine))
+    assert mine.read_bytes() == (files/'Y1.jpg').read_bytes()
+    for _ in range(2): histogene_plot([str(files/'spots.h5ad')], genes=[predictions['spots'][1].var_names[0]], out=str(tmp_path/f'maps.{kind}'))
+
+def test_models_of_others_stay(files, tmp_path):
+    (tmp_path/'m').mkdir(); (tmp_path/'m'/'model.safetensors').write_bytes(b'mine'); (tmp_path/'model').mkdir()
+    with pytest.raises(InputError, match='there is model.safetensors of another program'): histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'m'))
+    with pytest.raises(InputError, match='a folder model already, and histogene_demo did not make it'): commands.histogene_demo(out=str(tmp_path))
+    assert (tmp_path/'m'/'model.safetensors').read_bytes() == b'mine' and len(list(tmp_path.iterdir())) == 2
+
+def test_a_section_teaches_once(files, tmp_path):
+    with pytest.raises(InputError, match='X1.h5ad is given twice'): histogene_train([str(files/'X1.h5ad'), str(files/'..'/files.name/'X1.h5ad')], out=str(tmp_path/'m'))
+
+@pytest.mark.parametrize('text', ['Path,Name\nA.h5ad,mine\n', 'path,name,,\nA.h5ad,mine,,\n,,,\n,,,\n', 'path;NAME\r\n\r\nA.h5ad;mine\r\n;\r\n'])
+def test_tables_of_samples_as_excel_leaves_them(tmp_path, text):
+    (tmp_path/'s.csv').write_text(text, newline='')
+    assert commands._samples(tmp_path/'s.csv') == [dict(path=str(tmp_path/'A.h5ad'), name='mine')]
+
 def test_comparison_that_fails(predictions, model, files, tmp_path, monkeypatch):
     "The prediction is written all the same, in the place of an earlier one and its table"
     for kind in ('h5ad', 'csv', 'json'): shutil.copy(files/f'spots.{kind}', tmp_path/f'p.{kind}')

@@ -112,7 +112,7 @@ def last_twice(text): return text + text.splitlines()[-1]
     (POSITIONS, None, 'the positions are missing', {}),
     (FACTORS, lambda t: t[:20], 'cannot be read as JSON', {}),
     (FACTORS, replace(('55.0', '-1')), 'spot_diameter_fullres is -1;', {}),
-    (FACTORS, replace(('0.5', '1.5')), 'H1: spot .* is outside the image tissue_hires', dict(name='H1')),
+    (FACTORS, replace(('0.5', '1.5')), 'its scale is 0.5, and the scale factors say 1.5', dict(name='H1')),
     (POSITIONS, str, 'cropped.png: .* does not have the shape', dict(image='cropped.png')),
     (POSITIONS, str, 'empty.csv: cannot be read as an image', dict(image='empty.csv')),
     (COUNTS, None, 'the counts are missing: neither', {}),
@@ -235,7 +235,7 @@ H5AD = dict(
     outside=(lambda s: s.obsm.update(spatial=s.obsm['spatial']*2), 'is outside the image X1.jpg'),
     one_place=(lambda s: s.obs.update(dict(array_col=s.obs.array_col*0)), 'array position 0x0 occurs twice'),
     no_file=(lambda s: spatial(s)['metadata'].update(source_image_path='gone.tif'), 'there is no such image'),
-    two_names=(lambda s: s.uns['spatial'].update(H2=spatial(s)), r"this AnnData has 2: \['H1', 'H2'\]"),
+    two_names=(lambda s: s.uns['spatial'].update(H2=spatial(s)), 'has 2 sections, H1, H2, and no column of obs'),
     text=(lambda s: s.uns['spatial'].update(H1='text'), r"\['H1'\] does not hold images"),
     no_factors=(lambda s: spatial(s).pop('scalefactors'), 'spot_diameter_fullres.* is missing'),
     no_width=(lambda s: factors(s, spot_diameter_fullres=0.), 'a spot diameter of 0.0 pixels'))
