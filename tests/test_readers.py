@@ -304,6 +304,19 @@ def test_visium_hd(tmp_path, photograph):
         assert np.allclose(s.obsm['spatial'], places.loc[inside, ['pxl_col_in_fullres', 'pxl_row_in_fullres']]/2)
         assert s.uns['spatial'][section_name(s)]['scalefactors']['spot_diameter_fullres'] == side/2
 
+@pytest.mark.parametrize('times', [1, 2, 5])
+def test_coarser_bins(tmp_path, photograph, times):
+    "Where spaceranger's larger bins lie, with all counts of those in them; and the same after it was written"
+    from histogene_nb.readers import coarser
+    s = read_section(write_outs(tmp_path/'binned_outputs'/f'square_{SIDE:03}um', photograph), verbose=False)
+    wider, known = coarser(s, times), grid_of(photograph, SIDE*times)[0].set_index(['array_col', 'array_row'])
+    wider.write_h5ad(tmp_path/'wider.h5ad')
+    for found in wider, read_section(tmp_path/'wider.h5ad', verbose=False):
+        at = known.loc[list(map(tuple, found.obs[['array_col', 'array_row']].to_numpy()))]
+        assert np.allclose(found.obsm['spatial'], at[['pxl_col_in_fullres', 'pxl_row_in_fullres']]*s.uns['histogene']['image_scale']) and (found.X.sum(0) == s.X.sum(0)).all()
+        assert place(found).diameter == times*place(s).diameter and found.uns['histogene']['spot_um'] == times*SIDE and len(found) <= len(s)
+    for wrong,match in ((0, '1 or more, not 0'), (-2, 'not -2')): refused(match, coarser, s, wrong)
+
 def test_visium_hd_bins_are_chosen_by_the_user(tmp_path, photograph):
     pytest.importorskip('pyarrow')
     sample = write_hd(tmp_path/'HD1', photograph)
