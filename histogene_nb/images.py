@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from openslide import OpenSlide, OpenSlideCache, OpenSlideError
 from PIL import Image, ImageFile, ImageOps
 from tifffile import TiffFile
-from .files import InputError
+from .files import InputError, not_the_file
 
 # %% ../nbs/tissue/images.ipynb #46421ac1
 def max_pixels()->int: # `HISTOGENE_MAX_PIXELS`, or 500 million: 2 GB, at four bytes each
@@ -84,7 +84,8 @@ def _open_whole(path, frame=0):
         image.seek(frame)
         image.filename = str(path)
     except Exception as e:
-        raise InputError(f'{path}: cannot be read as an image ({e}). Download or export it again.') from e
+        raise InputError(f'{path}: cannot be read as an image ({e}). '
+                         f'{not_the_file(path) or "Download or export it again."}') from e
     finally: Image.MAX_IMAGE_PIXELS = limit
     try: check_pixels(path, *image.size); _check_file(path, image); return _upright(path, image)
     except InputError: image.close(); raise

@@ -295,6 +295,12 @@ def test_images_of_other_programs_are_not_called_damaged(outs, suffix):
     (outs/f'he{suffix}').write_bytes(b'ZISRAWFILE' + bytes(3000) if suffix == '.czi' else bytes(3000))
     assert 'damaged' not in refused(f'this is a {suffix[1:]} file.*Export it as a TIFF', read_section, outs, image=outs/f'he{suffix}')
 
+@pytest.mark.parametrize('text,match', [('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n', 'It is a pointer of Git LFS'), ('\n<!DOCTYPE html><html>Sign in', 'It is a web page')])
+def test_what_was_downloaded_is_not_the_file(outs, tmp_path, text, match):
+    for name in 'he.tif', 'he.jpg', 's.h5ad': (tmp_path/name).write_text(text)
+    for name in 'he.tif', 'he.jpg': refused(f'{name}: cannot be read as an image .*{match}', read_section, outs, image=tmp_path/name)
+    refused(f's.h5ad: cannot be read as an .h5ad file .*{match}', read_section, tmp_path/'s.h5ad')
+
 def test_what_is_no_image(outs, tmp_path):
     (tmp_path/'he.zarr').mkdir()
     refused('he.zarr: this is a folder', read_section, outs, image=tmp_path/'he.zarr')
