@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from .files import InputError, reading
 from .her2st import chosen_spots, join_report
-from .images import SLIDES, open_image
+from .images import SLIDES, UNREAD, open_image
 from .matching import count_on_tissue, image_notes, section_picture, spot_shares
 from .patches import in_tissue, tissue_mask
 from .sections import new_section, on_image, place
@@ -415,6 +415,8 @@ def read_st(
                                     mirrored=way_round(spatial, found) == 'mirrored',
                                     positions_without_counts=int(len(table) - (row >= 0).sum()),
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
+    unread = [f.name for f in folder.iterdir() if f.suffix.lower() in UNREAD and not image]
+    if unread: section.uns['histogene']['image_left_out'] = f'{unread[0]} is not read: export it as a TIFF'
     section = count_on_tissue(section if by else without_glass(section))
     if verbose: print(read_report(section))
     return section

@@ -339,9 +339,11 @@ def test_positions_in_micrometres(made, tmp_path, capsys):
     read_section(h5ad(made, tmp_path/'s.h5ad', lambda s: s.obsm.update(spatial=s.obsm['spatial']/2)))
     assert 'spots are 24 pixels wide and lie 22 apart' in capsys.readouterr().out
 
-def test_a_slide_beside_tables(made, tmp_path):
+def test_a_slide_beside_tables(made, tmp_path, capsys):
     import tifffile
     folder = tables(made, tmp_path/'t', image=False)
+    (folder/'he.czi').touch()
+    right(made, read_section(folder)); assert 'no image (he.czi is not read: export it as a TIFF)' in capsys.readouterr().out
     tifffile.imwrite(folder/'he.svs', np.asarray(Image.open(made[0]/'he.png')), tile=(128, 128), photometric='rgb')
     assert place(right(made, read_section(folder))).path == str(folder/'he.svs')
 

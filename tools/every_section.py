@@ -1,6 +1,6 @@
 """Every real section and slide of HISTOGENE_DATA by the commands: read, predicted with a small quick model, plotted; and a table of what was read.
 
-    python experiments/every_section.py FOLDER        some minutes on one core
+    python tools/every_section.py FOLDER        some minutes on one core
 
 The two models (human from C2, mouse from the olfactory bulb's replicate 1) are small and hardly trained: they show that each section goes the whole way, not how well it is predicted.
 """
@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 import anndata as ad, pandas as pd
 from histogene_nb.commands import histogene_plot, histogene_predict, histogene_train
+from histogene_nb.files import InputError
 
 DATA = Path(os.environ['HISTOGENE_DATA'])
 QUICK = dict(n_top=60, min_spots=20, epochs=3, lr=1e-3, setting=['dim=32', 'depth=1', 'heads=2', 'patch_size=56'], device='cpu')
@@ -26,7 +27,7 @@ def said(f, *args, **kwargs):
     out = io.StringIO()
     try:
         with redirect_stdout(out): f(*args, **kwargs)
-    except ValueError as e: return out.getvalue(), str(e)
+    except InputError as e: return out.getvalue(), str(e)
     return out.getvalue(), ''
 
 def main(home):
