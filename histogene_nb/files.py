@@ -118,8 +118,8 @@ def look_for(
     "Which section is meant: what is on the disk, or else a published one; `InputError` for neither, or both"
     path, text = Path(section), str(section)
     folders = [Path(root)] if root else [data_folder(), data_folder().with_name('cscc')]
-    inside = any(p.suffix.lower() == '.zarr' for p in path.parents) or path.parent.is_file()
-    if inside: return path                                         # what is in a store or a file, its reader knows
+    file = path.parent.name.lower().endswith(('.h5ad', '.h5ad.gz')) and path.parent.is_file()
+    if file or any(p.suffix.lower() == '.zarr' for p in path.parents): return path   # what is in it, its reader knows
     name = glob.escape(path.name)
     if len(path.parts) != 1 or path.suffix or text != path.name:
         if path.exists() or path.name and any(path.parent.glob(f'ST-cnts/{name}.tsv*')): return path

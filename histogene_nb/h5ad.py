@@ -181,7 +181,8 @@ def _one_library(section, path, library):
         "and uns['spatial'] has no entry for each. Give it one (ad.concat with uns_merge='unique'), or each a "
         "file of its own.")
     if len(found) < 2 and library is None: return section
-    column = next((c for c in [*LIBRARY, *obs] if c in obs and set(obs[c].astype(str)) <= set(found)), None)
+    words = [c for c in obs if not pd.api.types.is_numeric_dtype(obs[c])]
+    column = next((c for c in [*LIBRARY, *words] if c in obs and set(obs[c].astype(str)) <= set(found)), None)
     if column is None and len(found) > 1: raise InputError(
         f"uns['spatial'] has {len(found)} sections, {', '.join(found)}, and no column of obs says which spots "
         "are whose. Add one, library_id.")

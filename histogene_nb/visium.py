@@ -222,8 +222,8 @@ def _in_tissue(counts, places, folder):
     inside = placed & counts.obs_names.isin(places.index[places.in_tissue])
     n, few = int(placed.sum()), min(len(counts), len(places))
     if 0 < n < .9*few: raise InputError(
-        f'{folder}: only {n} of {len(counts)} spots with counts have a position, such as {counts.obs_names[0]} and '
-        f'{places.index[0]}. Are they of the same section? Nine in ten must match.')
+        f'{folder}: only {n} of {len(counts)} spots with counts have a position; {counts.obs_names[~placed][0]} has '
+        f'none, the first is of {places.index[0]}. Are they of the same section? Nine in ten must match.')
     if inside.any(): return placed, inside
     raise InputError(f'{folder}: none of the {len(counts)} spots with counts, such as '
                      f'{counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as '

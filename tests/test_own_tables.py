@@ -127,6 +127,7 @@ def test_a_file_of_several_sections(made, tmp_path, column):
         found.obs_names = found.obs_names.str[:-2]
         right(made, found)
     refused('there is no section C in it, only A, B', read_section, both/'C')
+    for astray in tmp_path/'s.csv'/'A', tmp_path/'none.h5ad'/'A': refused('there is no such folder', read_section, astray)
 
 def test_spots_of_several_sections_with_the_picture_of_one(made, tmp_path):
     s = several(made, tmp_path, keys=None, column='batch', uns_merge='first')
