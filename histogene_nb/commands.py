@@ -214,6 +214,14 @@ def _check_training(training, more, max_spots, trust_folds):
             'Its counts teach the array once: leave it out there.')
         seen.append(path)
 
+def _say_scales(data):
+    "A line where sections have images of different scales"
+    from histogene_nb.sections import place, section_name
+    a, b = (f(data, key=lambda s: place(s).diameter) for f in (min, max))
+    wide = [f'{place(s).diameter:.3g} pixels wide in {section_name(s)}' for s in (a, b)]
+    if place(b).diameter > 1.5*place(a).diameter: print(
+        f'LOOK at the images: a spot is {" and ".join(wide)}. Give images of one scale.')
+
 def _some(section, most, seed):
     "A section, or as many of its spots as are wanted, drawn by a seed"
     n = section.n_obs
@@ -274,6 +282,7 @@ def histogene_train(
     _check_training(training, more, max_spots, trust_folds)
     _model_folder(out, _check_settings(model, given))
     data = [_read(s, root) for s in training]
+    _say_scales(data)
     from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.interface import learned, model_class, save_pretrained
@@ -498,11 +507,14 @@ def _to_draw(found, predictions, genes, section, root):
     "Genes to draw, of those that all predictions have, and what was measured of them, if anything"
     from histogene_nb.expression import normalize
     from histogene_nb.plots import genes_to_show
+    from histogene_nb.sections import section_name
     first, observed, files = found[0], None, ' and '.join(map(str, predictions))
     shown = [g for g in first.var_names if all(g in f.var_names for f in found)]
     if not shown: raise InputError(f'{files}: these predictions have no gene in common. Draw them one by one.')
     if section is not None:
         measured = _read(dict(path=section), root)
+        names = [section_name(s) for s in (first, measured)]
+        if len(set(names)) > 1: print('LOOK: predicted was {}, measured is {}. Are they one section?'.format(*names))
         shown = [g for g in shown if g in measured.var_names]
         if not shown:
             raise InputError(f'{section}: none of the {first.n_vars} predicted genes is in this section. '

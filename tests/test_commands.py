@@ -3,6 +3,7 @@ import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd, pytest, torch
 import forks
+from PIL import Image
 from conftest import needs_images, wait_for
 from safetensors.torch import load_file
 from histogene_nb import commands
@@ -371,6 +372,20 @@ def test_models_of_others_stay(files, tmp_path):
     with pytest.raises(InputError, match='there is model.safetensors of another program'): histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'m'))
     with pytest.raises(InputError, match='a folder model already, and histogene_demo did not make it'): commands.histogene_demo(out=str(tmp_path))
     assert (tmp_path/'m'/'model.safetensors').read_bytes() == b'mine' and len(list(tmp_path.iterdir())) == 2
+
+def test_images_of_two_scales_and_a_plot_of_two_sections_are_said(model, files, predictions, tmp_path, capsys):
+    import matplotlib
+    matplotlib.use('Agg')
+    low = read_section(files/'X2.h5ad', verbose=False)
+    with Image.open(place(low).path) as im: im.resize((300, 300)).save(tmp_path/'small.png')
+    low.obsm['spatial'] = low.obsm['spatial']/4
+    place(low).scalefactors.update(spot_diameter_fullres=28.); place(low).metadata.update(source_image_path=str(tmp_path/'small.png'))
+    for other,said in ((files/'X2.h5ad', False), (write_h5ad(low, tmp_path/'low.h5ad') or tmp_path/'low.h5ad', True)):
+        histogene_train([str(files/'X1.h5ad'), str(other)], out=str(tmp_path/f'm{said}'), n_top=40, min_spots=5, epochs=1, setting=TINY[1:4])
+        assert ('LOOK at the images: a spot is 28 pixels wide in X2 and 112 pixels wide in X1' in capsys.readouterr().out) == said
+    for name,said in (('Y1', False), ('X1', True)):
+        histogene_plot([str(files/'spots.h5ad')], section=str(files/f'{name}.h5ad'), out=str(tmp_path/'maps.png'))
+        assert ('predicted was Y1, measured is X1' in capsys.readouterr().out) == said
 
 def test_a_section_teaches_once(files, tmp_path):
     with pytest.raises(InputError, match='X1.h5ad is given twice'): histogene_train([str(files/'X1.h5ad'), str(files/'..'/files.name/'X1.h5ad')], out=str(tmp_path/'m'))
