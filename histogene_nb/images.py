@@ -7,7 +7,7 @@ __all__ = ['SLIDES', 'UNREAD', 'max_pixels', 'check_pixels', 'decoding', 'as_rgb
            'image_mpp']
 
 # %% ../nbs/tissue/images.ipynb #9343c473
-import ctypes, gzip, io, logging, os
+import ctypes, gzip, io, logging, os, warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +76,11 @@ def _upright(path, image):
 
 # %% ../nbs/tissue/images.ipynb #b5dad339
 def _open_whole(path, frame=0):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return _opened_whole(path, frame)
+
+def _opened_whole(path, frame):
     "The PIL image: its size is known, no pixel is decoded"
     limit = Image.MAX_IMAGE_PIXELS
     try:
@@ -97,7 +102,10 @@ def decoding(
     path:str|Path, # the image, for the message
 ):
     "Turn what Pillow, OpenSlide or a decoder raises inside into an `InputError` about the image"
-    try: yield
+    try:
+        with warnings.catch_warnings():                             # Pillow's, of a damaged file: we say ourselves
+            warnings.simplefilter('ignore')
+            yield
     except InputError: raise
     except MemoryError as e:
         raise InputError(f'{path}: there is too little memory to decode this image. Close other programs, '
