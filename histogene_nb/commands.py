@@ -25,8 +25,11 @@ def _samples(file):
     file = Path(file)
     with reading(file, 'a table of samples'):
         lines = file.read_text(encoding='utf-8-sig').splitlines()
+        lines[:1] = [l.lower() for l in lines[:1]]
         table = csv.DictReader(lines, delimiter=next((d for d in '\t;' if d in ''.join(lines[:1])), ','))
-        columns, rows = table.fieldnames or [], [(table.line_num, row) for row in table]
+        rows = [(table.line_num, {k: v for k,v in row.items() if k != '' or v})      # Excel leaves empty ones
+                for row in table if any(row.values())]
+        columns = [c for c in table.fieldnames or [] if c or any('' in row for _,row in rows)]
     if 'path' not in columns or set(columns) - set(_COLUMNS): raise InputError(
         f'{file}: its first line is {", ".join(columns) or "missing"}. A table of samples has a column path, '
         f'and may have {", ".join(_COLUMNS[1:])}.')
@@ -40,7 +43,7 @@ def _sample(file, where, row):
     row = {k: v.strip() for k,v in row.items() if v and v.strip()}
     if more: raise InputError(f'{where}: there are more cells than columns. Quote what has commas in it.')
     if 'path' not in row: raise InputError(f'{where}: there is no path. Give the section one.')
-    beside = file.parent/row['path']
+    beside = file.parent/Path(row['path']).expanduser()
     own = row['path'] != beside.name                   # ./C3 is a path, where C3 may be a published section
     if own or beside.exists() or beside.suffix:
         row['path'] = os.path.join('.'*(own and str(beside) == beside.name), beside)
@@ -187,6 +190,8 @@ def _model_folder(out, goes_on):
     "Make the folder for a model; `InputError` where there is one already, or the checkpoint of another kind"
     made, begun = (out/'config.json').exists(), (out/'training.safetensors').exists()
     # with both, a training was killed at its very end, and goes on to that
+    if (out/'model.safetensors').exists() and not (made or begun): raise InputError(
+        f'{out}: there is model.safetensors of another program. Choose another folder with --out.')
     if made and not (begun and goes_on): raise InputError(
         f'{out}: there is a trained model already, and it is left as it is. '
         'Choose another folder with --out, or delete this one.')
@@ -207,11 +212,21 @@ def _check_training(training, more, max_spots, trust_folds):
     if max_spots is not None and max_spots < 1:
         raise InputError(f'max_spots, of a section, is a number from 1, not {max_spots}.')
     seen = [os.path.realpath(t['path']) for t in training]
+    if twice := [t['path'] for t,s in zip(training, seen) if seen.count(s) > 1]: raise InputError(
+        f'{twice[0]} is given twice. A section teaches once: give it once.')
     for a in more:
         if (path := os.path.realpath(a['path'])) in seen: raise InputError(
             f'{a["path"]} is given to --array-from, and is trained on or given there twice. '
             'Its counts teach the array once: leave it out there.')
         seen.append(path)
+
+def _say_scales(data):
+    "A line where sections have images of different scales"
+    from histogene_nb.sections import place, section_name
+    a, b = (f(data, key=lambda s: place(s).diameter) for f in (min, max))
+    wide = [f'{place(s).diameter:.3g} pixels wide in {section_name(s)}' for s in (a, b)]
+    if place(b).diameter > 1.5*place(a).diameter: print(
+        f'LOOK at the images: a spot is {" and ".join(wide)}. Give images of one scale.')
 
 # %% ../nbs/runs/commands.ipynb #d13ceb45
 def _some(section, most, seed):
@@ -274,6 +289,7 @@ def histogene_train(
     _check_training(training, more, max_spots, trust_folds)
     _model_folder(out, _check_settings(model, given))
     data = [_read(s, root) for s in training]
+    _say_scales(data)
     from histogene_nb.folds import provenance
     from histogene_nb.expression import read_panel, select_panel
     from histogene_nb.interface import learned, model_class, save_pretrained
@@ -502,17 +518,24 @@ def _told_apart(paths):
     stems = [Path(p).stem for p in paths]
     return [s if stems.count(s) == 1 else Path(p).with_suffix('').as_posix() for s,p in zip(stems, paths)]
 
+_STAMP = 'histogene_plot'  # by which a picture of ours is known
+
+def _is_plot(file): return file.is_file() and _STAMP.encode() in file.read_bytes()
+
 # %% ../nbs/runs/commands.ipynb #8893bb13
 def _to_draw(found, predictions, genes, section, root):
     "Genes to draw, of those that all predictions have, and what was measured of them, if anything"
     from histogene_nb.expression import normalize
     from histogene_nb.plots import genes_to_show
+    from histogene_nb.sections import section_name
     first, observed, files = found[0], None, ' and '.join(map(str, predictions))
     shown = [g for g in first.var_names if all(g in f.var_names for f in found)]
     if not shown: raise InputError(
         f'{files}: these predictions have no gene in common. Draw them one by one.')
     if section is not None:
         measured = _read(dict(path=section), root)
+        names = [section_name(s) for s in (first, measured)]
+        if len(set(names)) > 1: print('LOOK: predicted was {}, measured is {}. Are they one section?'.format(*names))
         shown = [g for g in shown if g in measured.var_names]
         if not shown:
             raise InputError(f'{section}: none of the {first.n_vars} predicted genes is in this section. '
@@ -545,6 +568,9 @@ def histogene_plot(
     kind = Path(out).suffix.lower()[1:]
     if kind not in ('png', 'pdf', 'svg'):
         raise InputError(f'--out names a .png, .pdf or .svg file, not {out}.')
+    if Path(out).exists() and not _is_plot(Path(out)): raise InputError(
+        f'{out}: this file is there already, and histogene_plot did not write it. '
+        'Give another name with --out.')
     predictions = [predictions] if isinstance(predictions, (str, Path)) else list(predictions)
     for p in predictions:
         if not Path(p).exists(): raise InputError(f'{p}: there is no such file. Check the path.')
@@ -559,7 +585,8 @@ def histogene_plot(
         'Give those of one section.')
     genes, observed = _to_draw(found, predictions, genes, section, root)
     fig = plot_predictions(maps, genes, observed)
-    with whole_file(out) as part: fig.savefig(part, format=kind, dpi=110)
+    stamp = {'Software' if kind == 'png' else 'Creator': _STAMP}
+    with whole_file(out) as part: fig.savefig(part, format=kind, dpi=110, metadata=stamp)
     plt.close(fig)
     print(f'{", ".join(genes)} in {out}')
 
@@ -750,6 +777,9 @@ def histogene_demo(
     from histogene_nb.tissue import synthetic_sections
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
+    if (out/'model').exists() and not (out/'sections').exists(): raise InputError(
+        f'{out}: there is a folder model already, and histogene_demo did not make it. '
+        'Choose another folder with --out.')
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
     *training, held_out = synthetic_sections(out/'sections', names, seed)
     panel = select_panel(training, n_top=120, min_spots=200)

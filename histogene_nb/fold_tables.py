@@ -264,4 +264,5 @@ def tables_made(
     made_of = [p for f in folds for p in f['folder'].iterdir()]
     if isinstance(gene_sets, (str, Path)) and Path(gene_sets).is_file():
         made_of.append(Path(gene_sets))
-    return all(p.stat().st_mtime_ns < oldest for p in made_of)
+    # a link that leads nowhere is for `write_tables` to say
+    return all(p.exists() and p.stat().st_mtime_ns < oldest for p in made_of)

@@ -208,16 +208,26 @@ def join_report(
     return '; '.join([f'{section_name(section)}: {known} spots, {section.n_vars} genes', *tissue, *notes])
 
 # %% ../nbs/tissue/her2st.ipynb #ec321919
+_YES, _NO = ['1', '1.0', 'true'], ['0', '0.0', 'false', 'nan', 'none', '<na>', '']
+
+def _words(column): return column.astype(str).str.strip().str.lower()
+
+def _flags(table):
+    "The column that says which spots are tissue, or None; one called tissue holds Seurat's flags, or words"
+    known = next((c for c in ('in_tissue', 'selected') if c in table), None)
+    if known or 'tissue' not in table: return known
+    words = _words(table.tissue)
+    return 'tissue' if words.isin(_YES + _NO).all() and words.isin(_YES).any() else None
+
 def chosen_spots(
     table:pd.DataFrame, # with a row a spot
     where:str|Path, # where it comes from, for the message
-)->tuple: # (n,) bool, and the column that says so, in_tissue or selected; all, and None, where none does
+)->tuple: # (n,) bool, and the column that says so (in_tissue, selected, tissue); or all, and None
     "Which spots the section's makers count as tissue"
-    column = next((c for c in ('in_tissue', 'selected') if c in table), None)
-    if column is None: return np.ones(len(table), bool), None
-    words = table[column].astype(str).str.strip().str.lower()
-    inside = words.isin(['1', '1.0', 'true']).to_numpy()
-    odd = ~inside & ~words.isin(['0', '0.0', 'false', 'nan', 'none', '<na>', '']).to_numpy()
+    if (column := _flags(table)) is None: return np.ones(len(table), bool), None
+    words = _words(table[column])
+    inside = words.isin(_YES).to_numpy()
+    odd = ~inside & ~words.isin(_NO).to_numpy()
     if odd.any():
         raise InputError(f'{where}: {column} of a spot is {table[column].iloc[odd.argmax()]!r}, '
                          'neither 0 nor '

@@ -95,7 +95,7 @@ def _by_size(path, found, size, scale):
 
 # %% ../nbs/tissue/matching.ipynb #27149d74
 def image_scale(
-    path:str|Path, # an image of the whole section
+    path:str|Path, # an image file of the whole section
     picture:np.ndarray, # the section's own small picture: pixels as `as_rgb` takes them
     scale:float, # pixels of that picture for one of full resolution
 )->tuple: # pixels of the image for one of full resolution; and what is doubtful about it, '' for nothing
@@ -135,11 +135,21 @@ def _misplaced(section, size):
     "What is odd about where spots are in an image of this size, and whether it cannot be meant"
     spatial, wide = section.obsm['spatial'], place(section).diameter
     if len(spatial) < 4: return '', False
-    pitch = np.median(cKDTree(spatial).query(spatial, 2)[0][:, 1])
+    array, (near, at) = section.obs[['array_col', 'array_row']].to_numpy(), cKDTree(spatial).query(spatial, 2)
+    pitch, steps = np.median(near[:, 1]), np.linalg.norm(array - array[at[:, 1]], axis=1)
     reach = (spatial.max(0)/size).max()
     found = (f'spots lie {pitch:.3g} pixels apart, {wide:.3g} wide each, all within the first '
              f'{reach:.0%} of the image: are their positions in pixels of a smaller picture?')
-    return (found if reach < 1/3 else '', reach < 1/3 and (min(pitch, wide) < 16 or pitch < wide/1.5))
+    if reach < 1/3: return found, min(pitch, wide) < 16 or pitch < wide/1.5
+    odd = wide > 1.05*pitch or wide < pitch/np.median(steps)/10
+    return f'spots are {wide:.3g} pixels wide and lie {pitch:.3g} apart: are both of one scale?'*bool(odd), False
+
+def _dark(spatial, picture, scale):
+    "What is odd about a picture that is dark where spots are, as of fluorescence"
+    x, y = np.floor(spatial.T*scale).astype(int)
+    at = picture[y.clip(0, picture.shape[0] - 1), x.clip(0, picture.shape[1] - 1)]
+    grey = float(np.median(at.mean(-1)))
+    return f'it is dark where the spots are ({grey:.0f} of 255): is it of fluorescence?'*(grey < 60)
 
 def _doubts(section, path, shares):
     "What is odd about the way round of an image, by the spots alone; `InputError` where it cannot be meant"
@@ -147,6 +157,7 @@ def _doubts(section, path, shares):
     found = (f'{round(own*n)} of {n} spots lie on tissue; if it were {best}, '
              f'{round(shares[best]*n)} would')
     if own < .5 and shares[best] > own + .25: raise InputError(f'{path}: {found}. {ADVICE}')
+    if own < .5: return f'only {round(own*n)} of {n} spots lie on tissue: is it theirs, and at this scale?'
     return found if shares[best] > own + .1 else ''
 
 # %% ../nbs/tissue/matching.ipynb #531cd28c
@@ -164,7 +175,8 @@ def count_on_tissue(
     if impossible or odd and shares and shares['as it is'] < .5:
         raise InputError(f'{at.path or at.name}: {odd} Divide them by its scale factor '
                          '(tissue_lowres_scalef or tissue_hires_scalef).')
-    doubts = [odd, compared]
+    doubts = [odd, compared, _dark(section.obsm['spatial'], picture, picture.shape[1]/size[0])]
+    if h.get('on_glass', 0) > len(section): doubts.append('most of the spots there were lie on glass')
     if shares: h['on_tissue'] = round(shares['as it is']*len(section))
     if shares and compared is None: doubts.append(_doubts(section, at.path or at.name, shares))
     if any(doubts): h['image_doubt'] = '; '.join(d for d in doubts if d)

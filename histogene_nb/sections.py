@@ -84,10 +84,11 @@ def on_image(
     "Which spots are on an image; `InputError` where more than one in twenty are not"
     out = ~((spatial >= 0) & (spatial < size)).all(1)
     if out.mean() > .05:
-        i = out.argmax()
+        i, up = out.argmax(), (spatial[:, 1] <= 0).all()
         raise InputError(f'{name}: spot {spots[i]} at pixel ({spatial[i,0]:g}, {spatial[i,1]:g}) is outside '
-                         f'the image {image} of {size[0]:g} x {size[1]:g} pixels; {out.sum()} such in all. '
-                         'Give the full-resolution image that the positions were measured on.')
+                         f'the image {image} of {size[0]:g} x {size[1]:g} pixels; {out.sum()} such in all. ' +
+                         ('Their y counts upwards, as R draws it: give -y.' if up else
+                          'Give the full-resolution image that the positions were measured on.'))
     return ~out
 
 def _image_info(name, path, spot_diameter):

@@ -17,8 +17,8 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from .files import InputError, reading
 from .her2st import chosen_spots, join_report
-from .images import open_image
-from .matching import count_on_tissue, image_notes, section_picture
+from .images import SLIDES, UNREAD, open_image
+from .matching import count_on_tissue, image_notes, section_picture, spot_shares
 from .patches import in_tissue, tissue_mask
 from .sections import new_section, on_image, place
 
@@ -75,6 +75,11 @@ def one_file(
             raise InputError(f'{folder}: {len(found)} files could be the {what}: '
                              f'{", ".join(f.name for f in found)}. Say which, or leave one of them there.')
         if found: return found[0]
+        other = [f for f in folder.iterdir() if fnmatch.fnmatch(f.name.lower(), p) and suffixes and f.is_file()
+                 and f.name[0] not in '._' and f != but]
+        if other and needed: raise InputError(
+            f'{other[0]}: the {what} would be here by its name, but {other[0].suffix or "a file without ending"} is not read. '
+            f'Save them as {suffixes[0]}.')
     if needed:
         raise InputError(f'{folder}: the {what} are missing: no file here fits {" or ".join(patterns)}. '
                          'Check the folder.')
@@ -178,6 +183,9 @@ def _counts_table(path):
     names, table = table.iloc[:, 0], table.iloc[:, 1:]
     table.index = pd.Index(names)
     text = [c for c,t in zip(table.columns, table.dtypes) if not pd.api.types.is_numeric_dtype(t)]
+    if text and table.shape[1] < 5: raise InputError(
+        f'{path}: {text[0]} holds {table[text[0]].iloc[0]!r}, and there are {table.shape[1] + 1} columns. Is this a '
+        'list with a line a count? Make a table of it, a row a spot and a column a gene (pandas: pivot_table).')
     if text: as_numbers(table, text, path)
     return table.astype(np.float32)
 
@@ -292,7 +300,9 @@ def without_glass(
     try: mask = tissue_mask(picture)
     except InputError: return section                       # of one colour: nothing tells glass from tissue
     on = in_tissue(section.obsm['spatial'], mask, picture.shape[1]/size[0])
-    if on.mean() >= .9 or not on.any(): return section
+    shares = spot_shares(section.obsm['spatial'], picture, picture.shape[1]/size[0])
+    turned = max(shares.values()) > on.mean() + .1             # said when spots are counted
+    if on.mean() >= .9 or not on.any() or turned: return section
     section = section[on].copy()
     section.uns['histogene']['on_glass'] = int((~on).sum())
     return section
@@ -309,7 +319,7 @@ def _st_files(folder, counts, coordinates, image):
         left = [f for f in folder.iterdir() if _suffix(f) in TABLES and f.name[0] not in '._']
         left = [f for f in left if f != coordinates and coordinates]
         counts = left[0] if len(left) == 1 else find('counts', '*count*', '*stdata*')
-    image = folder/image if image else one_file(folder, 'image', IMAGES, '*', needed=False)
+    image = folder/image if image else one_file(folder, 'image', IMAGES + SLIDES, '*', needed=False)
     return counts, coordinates, image
 
 # %% ../nbs/tissue/tables.ipynb #e454caae
@@ -359,8 +369,9 @@ def patient_of(
     table:pd.DataFrame, # with a row a spot
 )->str: # '' where no column says one name all along
     "Whose tissue it is"
-    found = [table[c].dropna().astype(str).unique() for c in PATIENT if c in table]
-    return next((str(f[0]) for f in found if len(f) == 1), '')
+    named = {str(c).lower(): c for c in table}
+    found = [table[named[p]].dropna().astype(str).unique() for p in PATIENT if p in named]
+    return next((re.sub(r'^(\d+)\.0$', r'\1', f[0]) for f in found if len(f) == 1), '')     # pandas's 7.0 is 7
 
 def _kept(numbers, row, inside, by, pixels, path):
     "Which spots with counts have a position and are in tissue; and how many are left out"
@@ -410,6 +421,8 @@ def read_st(
                                     mirrored=way_round(spatial, found) == 'mirrored',
                                     positions_without_counts=int(len(table) - (row >= 0).sum()),
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
+    unread = [f.name for f in folder.iterdir() if f.suffix.lower() in UNREAD and not image]
+    if unread: section.uns['histogene']['image_left_out'] = f'{unread[0]} is not read: export it as a TIFF'
     section = count_on_tissue(section if by else without_glass(section))
     if verbose: print(read_report(section))
     return section

@@ -148,7 +148,7 @@ def _check_agreement(file, losses, precision, world):
                          'Give a folder that all of them see.')
 
 # %% ../nbs/idea/training.ipynb #cc238b59
-_LESS = 'Give fewer or smaller sections, a smaller model, or another device.'
+_LESS = 'Give sections of fewer spots (coarser bins, or --max-spots), a smaller model, or another device.'
 
 def _foretell(model, examples, epochs, device, precision):
     "Refuse a section that memory has no room for; say how long a long training takes"

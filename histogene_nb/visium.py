@@ -20,7 +20,7 @@ from .matching import count_on_tissue, image_scale
 from .position import note_um
 from .sections import check_counts, check_sparse, new_section, place, small_copy
 from .tables import (IMAGES, TABLES, as_numbers, existing_folder, folder_name, load_table,
-                                 one_file, read_report)
+                                 one_file, read_report, way_round)
 from .tissue import synthetic_section, true_expression
 
 # %% ../nbs/tissue/visium.ipynb #a18f70a9
@@ -71,10 +71,14 @@ def _visium_counts(folder):
 # %% ../nbs/tissue/visium.ipynb #09946f29
 _POSITIONS = ['barcode', 'in_tissue', 'array_row', 'array_col', 'pxl_row_in_fullres', 'pxl_col_in_fullres']
 
+_SEURAT = dict(zip(['tissue', 'row', 'col', 'imagerow', 'imagecol'], _POSITIONS[1:]))
+
 def _with_header(table, file):
     "A table of positions whose columns have names: its first line's, or spaceranger's in their order"
-    if set(_POSITIONS[1:]) & set(first := list(table.iloc[0])):
-        names = ['barcode' if i == 0 and pd.isna(c) else c for i,c in enumerate(first)]
+    names = [str(c).strip().lower() for c in table.iloc[0]]
+    if set(_SEURAT) <= set(names): names = [_SEURAT.get(c, c) for c in names]
+    if set(_POSITIONS[1:]) & set(names):
+        if 'barcode' not in names and names[0] not in _POSITIONS: names[0] = 'barcode'      # R's has no name
         table = table.iloc[1:].set_axis(names, axis=1)
     elif table.shape[1] == len(_POSITIONS): table = table.set_axis(_POSITIONS, axis=1)
     else: raise InputError(f'{file}: it has no header, and {table.shape[1]} columns instead of '
@@ -150,13 +154,26 @@ def _beside(folder):
         if found: return found[0]
 
 # %% ../nbs/tissue/visium.ipynb #76f648ee
+def _pixels(picture):
+    with open_image(picture) as im, decoding(picture): return np.asarray(as_rgb(im))
+
+def _check_pair(hires, lowres):
+    "`InputError` unless spaceranger's two pictures show the same, at the scales that are said"
+    (picture, scale), (small, its) = hires, lowres
+    try: found, _ = image_scale(picture, _pixels(small), its)
+    except InputError as e: raise InputError(f'{e} Its own picture here is {small.name}.') from e
+    if not .97 < found/scale < 1.03: raise InputError(
+        f'{picture}: by its size beside {small.name} its scale is {found:.3g}, and the scale factors say '
+        f'{scale:.3g}. Are all of one section?')
+
 def _visium_image(folder, image, small):
-    "The image to use, or None; its pixels for one of full resolution; doubts, None without a picture"
+    "The image to use, or None; its pixels for one of full resolution; doubts, None if not compared"
     given, image = image, image or _beside(folder)
-    if image is None: return (*small[0], '') if small else (None, 1., None)
+    if image is None and len(small) == 2: _check_pair(*small)
+    if image is None: return (*small[0], None) if small else (None, 1., None)
     if not small: return image, 1., None
     picture, scale = small[0]
-    with open_image(picture) as im, decoding(picture): pixels = np.asarray(as_rgb(im))
+    pixels = _pixels(picture)
     try: return (image, *image_scale(image, pixels, scale))
     except InputError as e:
         if given: raise
@@ -204,6 +221,10 @@ def _in_tissue(counts, places, folder):
     "Of each barcode with counts, whether it has a position, and whether it is in tissue"
     placed = counts.obs_names.isin(places.index)
     inside = placed & counts.obs_names.isin(places.index[places.in_tissue])
+    n, few = int(placed.sum()), min(len(counts), len(places))
+    if 0 < n < .9*few: raise InputError(
+        f'{folder}: only {n} of {len(counts)} spots with counts have a position; {counts.obs_names[~placed][0]} has '
+        f'none, the first is of {places.index[0]}. Are they of the same section? Nine in ten must match.')
     if inside.any(): return placed, inside
     raise InputError(f'{folder}: none of the {len(counts)} spots with counts, such as '
                      f'{counts.obs_names[0]}, is in tissue by the {len(places)} positions, such as '
@@ -242,6 +263,8 @@ def read_visium(
                                     counts_without_position=int((~placed).sum()),
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
     _note_width(section, factors)
+    if way_round(section.obsm['spatial'], section.obs[['array_col', 'array_row']]) == 'swapped':
+        doubt = '; '.join([*[doubt]*bool(doubt), 'x follows array_row and y array_col: are columns exchanged?'])
     count_on_tissue(section, doubt)
     if verbose: print(read_report(section))
     return section

@@ -510,7 +510,7 @@ def set_count(value):
     return f
 
 @pytest.mark.parametrize('f,match', [
-    (lambda a: a.obsm.pop('spatial'), r"obsm\['spatial'\] is missing"), (lambda a: a.uns.pop('spatial'), r"uns\['spatial'\] is missing"),
+    (lambda a: a.obsm.pop('spatial'), r"obsm\['spatial'\] is missing"),
     (lambda a: a.uns['spatial'].update(X2={'a': 1}), 'has 2'),
     (set_count(-5), 'gene KRT19 at spot 0x1 is negative'), (set_count(.5), 'gene KRT19 at spot 0x1 is fractional'), (set_count(np.nan), 'gene KRT19 at spot 0x1 is not a number'),
     (change('scalefactors', lambda s: s.pop('spot_diameter_fullres')), 'spot_diameter_fullres'), (change('scalefactors', lambda s: s.update(spot_diameter_fullres=0.)), 'spot diameter of 0'),

@@ -3,6 +3,7 @@ import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd, pytest, torch
 import forks
+from PIL import Image
 from conftest import needs_images, wait_for
 from safetensors.torch import load_file
 from histogene_nb import commands
@@ -354,6 +355,45 @@ def test_files_of_others_stay(model, files, tmp_path, kind):
     before = mine.read_bytes()
     with pytest.raises(InputError, match=f'p.{kind}: this file is there already, and histogene_predict did not write it'): histogene_predict(str(model), str(files/'Y1.h5ad'), out=str(tmp_path/'p.h5ad'))
     assert mine.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [mine.name]
+
+@pytest.mark.parametrize('kind', ['png', 'pdf', 'svg'])
+def test_pictures_of_others_stay(predictions, files, tmp_path, kind):
+    "A photograph in the place of a plot; an earlier plot is drawn anew"
+    import matplotlib
+    matplotlib.use('Agg')
+    mine = tmp_path/f'he.{kind}'
+    mine.write_bytes((files/'Y1.jpg').read_bytes())
+    with pytest.raises(InputError, match=f'he.{kind}: this file is there already, and histogene_plot did not write it'): histogene_plot([str(files/'spots.h5ad')], out=str(mine))
+    assert mine.read_bytes() == (files/'Y1.jpg').read_bytes()
+    for _ in range(2): histogene_plot([str(files/'spots.h5ad')], genes=[predictions['spots'][1].var_names[0]], out=str(tmp_path/f'maps.{kind}'))
+
+def test_models_of_others_stay(files, tmp_path):
+    (tmp_path/'m').mkdir(); (tmp_path/'m'/'model.safetensors').write_bytes(b'mine'); (tmp_path/'model').mkdir()
+    with pytest.raises(InputError, match='there is model.safetensors of another program'): histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'m'))
+    with pytest.raises(InputError, match='a folder model already, and histogene_demo did not make it'): commands.histogene_demo(out=str(tmp_path))
+    assert (tmp_path/'m'/'model.safetensors').read_bytes() == b'mine' and len(list(tmp_path.iterdir())) == 2
+
+def test_images_of_two_scales_and_a_plot_of_two_sections_are_said(model, files, predictions, tmp_path, capsys):
+    import matplotlib
+    matplotlib.use('Agg')
+    low = read_section(files/'X2.h5ad', verbose=False)
+    with Image.open(place(low).path) as im: im.resize((300, 300)).save(tmp_path/'small.png')
+    low.obsm['spatial'] = low.obsm['spatial']/4
+    place(low).scalefactors.update(spot_diameter_fullres=28.); place(low).metadata.update(source_image_path=str(tmp_path/'small.png'))
+    for other,said in ((files/'X2.h5ad', False), (write_h5ad(low, tmp_path/'low.h5ad') or tmp_path/'low.h5ad', True)):
+        histogene_train([str(files/'X1.h5ad'), str(other)], out=str(tmp_path/f'm{said}'), n_top=40, min_spots=5, epochs=1, setting=TINY[1:4])
+        assert ('LOOK at the images: a spot is 28 pixels wide in X2 and 112 pixels wide in X1' in capsys.readouterr().out) == said
+    for name,said in (('Y1', False), ('X1', True)):
+        histogene_plot([str(files/'spots.h5ad')], section=str(files/f'{name}.h5ad'), out=str(tmp_path/'maps.png'))
+        assert ('predicted was Y1, measured is X1' in capsys.readouterr().out) == said
+
+def test_a_section_teaches_once(files, tmp_path):
+    with pytest.raises(InputError, match='X1.h5ad is given twice'): histogene_train([str(files/'X1.h5ad'), str(files/'..'/files.name/'X1.h5ad')], out=str(tmp_path/'m'))
+
+@pytest.mark.parametrize('text', ['Path,Name\nA.h5ad,mine\n', 'path,name,,\nA.h5ad,mine,,\n,,,\n,,,\n', 'path;NAME\r\n\r\nA.h5ad;mine\r\n;\r\n'])
+def test_tables_of_samples_as_excel_leaves_them(tmp_path, text):
+    (tmp_path/'s.csv').write_text(text, newline='')
+    assert commands._samples(tmp_path/'s.csv') == [dict(path=str(tmp_path/'A.h5ad'), name='mine')]
 
 def test_comparison_that_fails(predictions, model, files, tmp_path, monkeypatch):
     "The prediction is written all the same, in the place of an earlier one and its table"

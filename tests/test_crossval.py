@@ -178,6 +178,15 @@ def test_tables_are_written_again_only_where_something_changed(tissue, tmp_path)
         file.write_bytes(before)
         assert tables_made(run, tables)
 
+@pytest.mark.parametrize('to', [None, 'nowhere'])
+def test_a_link_that_leads_nowhere_in_a_run(tissue, tmp_path, to):
+    cross_validate(tissue[1].__getitem__, CATALOGUE, dict(baselines=baselines), tmp_path/'run', panel=RULE, only=['X1'])
+    write_tables(tmp_path/'run', tmp_path/'tables', tissue[1].__getitem__)
+    file = next((tmp_path/'run'/'baselines-X1-seed0').glob('*.h5ad'))
+    file.unlink(); file.symlink_to(to or file.name)
+    assert not tables_made(tmp_path/'run', tmp_path/'tables')
+    with pytest.raises(InputError, match=file.name): write_tables(tmp_path/'run', tmp_path/'tables', tissue[1].__getitem__)
+
 def test_tables_of_a_run_without_folds(tmp_path):
     with pytest.raises(InputError, match='no fold is finished'): write_tables(tmp_path, tmp_path/'tables', None)
 

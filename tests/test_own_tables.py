@@ -107,6 +107,51 @@ def test_a_published_name_is_fetched(tmp_path, published):
     refused('B4: no such section in .* histogene_download', read_section, 'B4', root=published)
     refused('this is a path, not|section already', read_section, AnnData(np.ones((2, 2))))
 
+def several(made, tmp_path, keys=('A', 'B'), column='library_id', **kw):
+    "Two sections in one file, as ad.concat leaves them"
+    parts = [ad.read_h5ad(h5ad(made, tmp_path/'part.h5ad', lambda s: s.uns.update(spatial={k: info(s)}) if keys else None)) for k in keys or 'AB']
+    return ad.concat(parts, label=column, keys=keys or ['A', 'B'], index_unique='-', **kw)
+
+def written(s, path): s.write_h5ad(path); return path
+
+@pytest.mark.parametrize('column', ['library_id', 'where_from'])
+def test_a_file_of_several_sections(made, tmp_path, column):
+    from histogene_nb.commands import _given
+    s = several(made, tmp_path, column=column, uns_merge='unique')
+    both = written(s, tmp_path/'both.h5ad')
+    assert f'Give one: {both}/A, {both}/B.' in refused('there are 2 sections in it', read_section, both)
+    (tmp_path/'s.csv').write_text('path\nboth.h5ad/B\n')
+    for path in both/'A', f'{both}/B', _given([], tmp_path/'s.csv', None)[0]['path'], written(s[s.obs[column] == 'B'].copy(), tmp_path/'one.h5ad'):
+        found = read_section(path)
+        assert section_name(found) == ('A' if str(path).endswith('A') else 'B')
+        found.obs_names = found.obs_names.str[:-2]
+        right(made, found)
+    refused('there is no section C in it, only A, B', read_section, both/'C')
+    for astray in tmp_path/'s.csv'/'A', tmp_path/'none.h5ad'/'A': refused('there is no such folder', read_section, astray)
+
+def test_spots_of_several_sections_with_the_picture_of_one(made, tmp_path):
+    s = several(made, tmp_path, keys=None, column='batch', uns_merge='first')
+    some = np.r_[:110:2, 111:220:2]                                           # no two of them at one place
+    for part in s, s[some].copy(), several(made, tmp_path, column='batch'):
+        refused(r"obs\['batch'\] names 2 sections, such as A, and uns\['spatial'\] has no entry for each", read_section, written(part, tmp_path/'s.h5ad'))
+    s = several(made, tmp_path, uns_merge='unique')
+    del s.obs['library_id']
+    refused('has 2 sections, A, B, and no column of obs says', read_section, written(s, tmp_path/'s.h5ad'))
+
+def test_what_is_no_section_is_answered_with_what_to_give(made, tmp_path):
+    (tmp_path/'cohort').mkdir()
+    for n in 'AB': h5ad(made, tmp_path/'cohort'/f'{n}.h5ad')
+    tables(made, tmp_path/'cohort'/'C')
+    assert f"Give one: {tmp_path/'cohort'/'A.h5ad'}, {tmp_path/'cohort'/'B.h5ad'}, {tmp_path/'cohort'/'C'}." in refused('what is in this folder are sections', read_section, tmp_path/'cohort')
+    for name,match in {'spatial.tar.gz': 'packed. Unpack it', 'x.zip': 'packed. Unpack it', 'x.rds': '.rds is not read', 'x.cloupe': '.cloupe is not read', 'x.h5seurat': 'not read. Write an .h5ad file'}.items():
+        (tmp_path/name).mkdir(); (tmp_path/name/name).touch()
+        for given in tmp_path/name/name, tmp_path/name: refused(f'{name}/{name}: .*{match}', read_section, given)
+    (tmp_path/'x.h5').touch(); (tmp_path/'m').mkdir(); (tmp_path/'m'/'matrix.mtx.gz').touch(); (tmp_path/'m'/'features.tsv.gz').touch()
+    refused('if AnnData wrote this, call it .h5ad', read_section, tmp_path/'x.h5')
+    refused('these are counts without positions', read_section, tmp_path/'m')
+    (tmp_path/'cohort'/'C'/'counts.csv').rename(tmp_path/'cohort'/'C'/'counts.xlsx')
+    refused('counts.xlsx: .* but .xlsx is not read. Save them as .csv', read_section, tmp_path/'cohort'/'C')
+
 @pytest.mark.parametrize('kind,text', [('.zattrs', '[]'), ('.zattrs', '"anndata"'), ('zarr.json', '{"attributes": 3}'), ('zarr.json', '7')])
 def test_a_store_whose_attributes_are_none(tmp_path, kind, text):
     store = tmp_path/'s.zarr'
@@ -144,7 +189,7 @@ def test_how_wide_a_spot_is(made, published, tmp_path):
 
 # --- 4: which spots count
 
-@pytest.mark.parametrize('column', ['in_tissue', 'selected'])
+@pytest.mark.parametrize('column', ['in_tissue', 'selected', 'tissue'])
 @pytest.mark.parametrize('yes,no', [(1, 0), ('True', 'False'), ('TRUE', 'FALSE'), (1., 0.)])
 def test_tables_heed_what_is_in_tissue(made, tmp_path, capsys, column, yes, no):
     spots = made[1].rename(columns=dict(in_tissue=column))
@@ -159,6 +204,12 @@ def test_spots_on_glass_are_left_out_by_the_picture(made, tmp_path, capsys):
         at = made[1].loc[s.obs_names]
         assert at.pixel_x.max() < .72*PX and set(made[1].index[made[1].in_tissue == 1]) <= set(s.obs_names)
         assert s.uns['histogene']['on_glass'] == 110 - len(s) > 20 and f'{110 - len(s)} on glass in the picture, left out' in capsys.readouterr().out
+
+@pytest.mark.parametrize('word', ['breast', np.nan, 0])
+def test_a_column_tissue_may_be_something_else(made, tmp_path, word):
+    right(made, read_section(h5ad(made, tmp_path/'s.h5ad', lambda s: s.obs.__setitem__('tissue', word))))
+    s = read_section(tables(made, tmp_path/'t', made[1].drop(columns='in_tissue').assign(tissue=word), image=False))
+    assert len(s) == 110 and 'tissue_by' not in s.uns['histogene']
 
 def test_odd_flags_are_refused(made, tmp_path):
     for value,match in (('maybe', "in_tissue of a spot is 'maybe'"), (0, 'none of its 110 spots is in tissue')):
@@ -275,6 +326,28 @@ def test_one_pixel_of_noise_decides_nothing(degrees):
         off = found - np.stack([col, row], 1)[there]
         assert (np.ptp(off, axis=0) == 0).all(), (degrees, seed)
 
+def test_y_that_counts_upwards(made, tmp_path):
+    "As R and Giotto draw it"
+    for path in tables(made, tmp_path/'t', made[1].assign(pixel_y=-made[1].pixel_y)), h5ad(made, tmp_path/'s.h5ad', lambda s: s.obsm.update(spatial=s.obsm['spatial']*[1, -1])):
+        refused('Their y counts upwards, as R draws it: give -y', read_section, path)
+
+def test_a_list_with_a_line_a_count(made, tmp_path):
+    folder = tables(made, tmp_path/'t')
+    made[2].stack().rename_axis(['barcode', 'gene']).rename('count').reset_index().to_csv(folder/'counts.csv', index=False)
+    refused('Is this a list with a line a count', read_section, folder)
+
+def test_positions_in_micrometres(made, tmp_path, capsys):
+    read_section(h5ad(made, tmp_path/'s.h5ad', lambda s: s.obsm.update(spatial=s.obsm['spatial']/2)))
+    assert 'spots are 24 pixels wide and lie 22 apart' in capsys.readouterr().out
+
+def test_a_slide_beside_tables(made, tmp_path, capsys):
+    import tifffile
+    folder = tables(made, tmp_path/'t', image=False)
+    (folder/'he.czi').touch()
+    right(made, read_section(folder)); assert 'no image (he.czi is not read: export it as a TIFF)' in capsys.readouterr().out
+    tifffile.imwrite(folder/'he.svs', np.asarray(Image.open(made[0]/'he.png')), tile=(128, 128), photometric='rgb')
+    assert place(right(made, read_section(folder))).path == str(folder/'he.svs')
+
 def test_a_mirrored_array_is_said(made, tmp_path, capsys):
     read_section(h5ad(made, tmp_path/'s.h5ad', lambda s: s.obsm.update(spatial=s.obsm['spatial']*[1, -1] + [0, PX])))
     assert 'LOOK at the image: against the array it is mirrored' in capsys.readouterr().out
@@ -288,6 +361,7 @@ def test_patients(made, tmp_path):
     assert own.uns['histogene']['patient'] == ''
     assert read_section(tmp_path/'t', patient='P7', verbose=False).uns['histogene']['patient'] == 'P7'
     assert read_section(tables(made, tmp_path/'u', made[1].assign(patient='P7'))).uns['histogene']['patient'] == 'P7'
+    assert read_section(tables(made, tmp_path/'v', made[1].assign(Patient=7.))).uns['histogene']['patient'] == '7'
     for edit in (lambda s: s.obs.__setitem__('patient', 'P7'), lambda s: s.obs.__setitem__('donor_id', pd.Categorical(['P7']*110)), lambda s: s.uns.update(patient='P7')):
         s = read_section(h5ad(made, tmp_path/'s.h5ad', edit))
         assert s.uns['histogene']['patient'] == 'P7'
@@ -350,6 +424,11 @@ INTACT = dict(
     hires_image=key('hires', 'hires_image'), image_hires=key('hires', 'image_hires'), fullres=key('hires', 'fullres'),
     slash_in_the_name=lambda s: s.uns.update(spatial={'TCGA/A1': info(s)}),
     slash_in_layers=lambda s: [s.layers.update({'log/n': s.X.copy()}), s.obsm.update({'X/pca': np.zeros((110, 3))}), setattr(s, 'raw', s.copy())] and None,
+    counts_in_a_layer_of_another_name=lambda s: [s.layers.update(Raw_counts=s.X.copy()), setattr(s, 'X', np.log1p(s.X))] and None,
+    pixels_in_obs=lambda s: s.obs.__setitem__(['pxl_col_in_fullres', 'pxl_row_in_fullres'], s.obsm.pop('spatial')),
+    pixels_of_seurat=lambda s: s.obs.__setitem__(['imagecol', 'imagerow'], s.obsm.pop('spatial')),
+    part_of_the_picture_as_well=lambda s: [info(s)['images'].update({'0.5_mpp_150_buffer': np.repeat(info(s)['images']['hires'], 2, 0)[90:]}), info(s)['scalefactors'].update({'tissue_0.5_mpp_150_buffer_scalef': 1.})] and None,
+    numbers_for_genes=lambda s: [s.var.__setitem__('SYMBOL', GENES), setattr(s, 'var_names', [str(i) for i in range(12)])] and None,
     X_spatial=lambda s: s.obsm.update(X_spatial=s.obsm.pop('spatial')), bytes=lambda s: s.obsm.update(spatial=s.obsm['spatial'].astype('S')), sparse=lambda s: s.obsm.update(spatial=sparse.csr_matrix(s.obsm['spatial'])),
     slash_elsewhere=lambda s: [s.obs.__setitem__('n/a', 1.), s.uns.update({'T/NK_colors': np.array(['#ff0000'])})] and None,
     raw_of_symbols=lambda s: [setattr(s, 'raw', s.copy()), setattr(s, 'X', np.log1p(s.X))] and None)
@@ -361,6 +440,15 @@ def test_intact_h5ad(made, tmp_path, case):
     assert place(s).images['hires'].shape == (PX, PX, 3) and list(s.var_names) == GENES and place(s).diameter == 24
     s.write_h5ad(tmp_path/'again.h5ad')                                       # what was put right can be written, and read again
     right(made, read_section(tmp_path/'again.h5ad'))
+
+def test_a_file_that_says_nothing_of_a_picture(made, tmp_path, capsys):
+    "As R's converters leave it: a spot is half as wide as the distance to the next; an image can be given"
+    file = h5ad(made, tmp_path/'r.h5ad', lambda s: s.uns.clear())
+    s = right(made, read_section(file, image=made[0]/'he.png'))
+    assert section_name(s) == 'r' and place(s).diameter == pytest.approx(22) and 'taken as half of the distance' in capsys.readouterr().out
+    right(made, read_section(file)); assert 'no image' in capsys.readouterr().out
+    right(made, read_section(h5ad(made, tmp_path/'r.h5ad', lambda s: info(s)['images'].update(hires='/scans/he.png'))))
+    assert 'no image (hires holds text, not pixels' in capsys.readouterr().out
 
 @pytest.mark.filterwarnings('ignore')
 def test_grey_picture(made, tmp_path):

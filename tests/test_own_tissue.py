@@ -121,6 +121,35 @@ def test_what_is_doubtful_is_said(outs, full, capsys):
     Image.fromarray(np.full((PX//2, PX//2), 200, np.uint8)).save(outs/'spatial'/'tissue_hires_image.png')
     assert 'nothing to compare' in read_section(outs).uns['histogene']['image_doubt'] and 'LOOK at the image' in capsys.readouterr().out
 
+def redrawn(change, *kinds): # spaceranger's pictures of something else
+    def edit(outs, full, spots):
+        for k in kinds: Image.fromarray(np.ascontiguousarray(shrunk(change(full), dict(hires=2, lowres=8)[k]))).save(outs/'spatial'/f'tissue_{k}_image.png')
+    return edit
+
+def factors(**new): return lambda outs, full, spots: (outs/'spatial'/'scalefactors_json.json').write_text(json.dumps(FACTORS | new))
+
+def renamed(**names): return lambda outs, full, spots: spots.rename(columns=names).to_csv(outs/'spatial'/'tissue_positions.csv', index=False)
+
+EXCHANGED = dict(pxl_row_in_fullres='pxl_col_in_fullres', pxl_col_in_fullres='pxl_row_in_fullres')
+OWN_PICTURES = {'hires of another section': (redrawn(lambda f: tissue(2, .72), 'hires'), 'hires_image.png: this image does not show what .* Its own picture here is tissue_lowres_image.png'),
+                'hires turned': (redrawn(lambda f: f[::-1, ::-1], 'hires'), 'would fit .* if it were turned by 180 degrees'), 'both of another section': (redrawn(lambda f: tissue(2, .78), 'hires', 'lowres'), '21 of 67 spots lie on tissue; if it were'),
+                'a scale factor of another': (factors(tissue_hires_scalef=.25), 'beside tissue_lowres_image.png its scale is 0.5, and the scale factors say 0.25')}
+DOUBTFUL = {'factors of another': (factors(tissue_hires_scalef=.3, tissue_lowres_scalef=.075), '40 of 67 spots lie on tissue; if'), "the fiducials' width": (factors(spot_diameter_fullres=144.5), 'spots are 72.2 pixels wide and lie 20 apart'),
+            "a width in pixels of a picture": (factors(spot_diameter_fullres=2.), 'spots are 1 pixels wide and lie 20 apart'), 'pixels exchanged': (renamed(**EXCHANGED), 'x follows array_row and y array_col'),
+            'rows for columns': (renamed(array_row='array_col', array_col='array_row'), 'x follows array_row and y array_col'), 'in fluorescence': (redrawn(lambda f: np.where((f < 240).all(-1, keepdims=True), f//4, 3).astype(np.uint8), 'hires', 'lowres'), 'it is dark where the spots are')}
+
+@pytest.mark.parametrize('case', OWN_PICTURES)
+def test_own_pictures_are_asked_too(outs, full, spots, case):
+    edit, match = OWN_PICTURES[case]
+    edit(outs, full, spots)
+    refused(match, read_section, outs)
+
+@pytest.mark.parametrize('case', DOUBTFUL)
+def test_odd_scales_and_sides_are_said(outs, full, spots, capsys, case):
+    edit, match = DOUBTFUL[case]
+    edit(outs, full, spots)
+    assert match in read_section(outs).uns['histogene']['image_doubt'] and 'LOOK at the image' in capsys.readouterr().out
+
 def section_on(path, spots, factor=1., wide=WIDE):
     at = spots[spots.in_tissue == 1]
     return new_section(np.ones((len(at), 2)), 'AB', at.barcode, at[['pxl_col_in_fullres', 'pxl_row_in_fullres']]*factor, at.array_col, at.array_row, 'mine', 'mine', path, wide*factor)
@@ -261,6 +290,23 @@ def test_cells_are_not_bins(outs):
     for size in '008', '016': (outs/'binned_outputs'/f'square_{size}um'/'spatial').mkdir(parents=True)
     assert str(outs/'binned_outputs'/'square_016um') in refused('segmented cells', read_section, cells)
 
+@pytest.mark.parametrize('suffix', ['.czi', '.vsi', '.pdf', '.heic', '.jxl'])
+def test_images_of_other_programs_are_not_called_damaged(outs, suffix):
+    (outs/f'he{suffix}').write_bytes(b'ZISRAWFILE' + bytes(3000) if suffix == '.czi' else bytes(3000))
+    assert 'damaged' not in refused(f'this is a {suffix[1:]} file.*Export it as a TIFF', read_section, outs, image=outs/f'he{suffix}')
+
+@pytest.mark.parametrize('text,match', [('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n', 'It is a pointer of Git LFS'), ('\n<!DOCTYPE html><html>Sign in', 'It is a web page')])
+def test_what_was_downloaded_is_not_the_file(outs, tmp_path, text, match):
+    for name in 'he.tif', 'he.jpg', 's.h5ad': (tmp_path/name).write_text(text)
+    for name in 'he.tif', 'he.jpg': refused(f'{name}: cannot be read as an image .*{match}', read_section, outs, image=tmp_path/name)
+    refused(f's.h5ad: cannot be read as an .h5ad file .*{match}', read_section, tmp_path/'s.h5ad')
+
+def test_what_is_no_image(outs, tmp_path):
+    (tmp_path/'he.zarr').mkdir()
+    refused('he.zarr: this is a folder', read_section, outs, image=tmp_path/'he.zarr')
+    (tmp_path/'s.h5ad').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(99))
+    refused('s.h5ad: cannot be read as an image', read_section, outs, image=tmp_path/'s.h5ad')
+
 # --- which spots count, and what a Visium folder may look like
 
 @pytest.mark.parametrize('yes,no', [('TRUE', 'FALSE'), ('True', 'False'), ('true', 'false'), ('1.0', '0.0'), ('"1"', '"0"')])
@@ -296,6 +342,17 @@ def test_positions_by_their_names(outs, spots):
     is_right(read_section(outs), spots, .5)
     spots.iloc[:, :5].to_csv(outs/'spatial'/'tissue_positions.csv', index=False, header=False)
     refused('no header, and 5 columns instead of 6', read_section, outs)
+
+@pytest.mark.parametrize('how', [dict(quoting=2), dict(header=[c.upper() for c in ('in_tissue', 'array_row', 'array_col', 'pxl_row_in_fullres', 'pxl_col_in_fullres')])])
+def test_positions_by_the_names_of_seurat_and_in_capitals(outs, spots, how):
+    seurat = spots.set_axis(['barcode', 'tissue', 'row', 'col', 'imagerow', 'imagecol'], axis=1).set_index('barcode').rename_axis(None)
+    seurat.to_csv(outs/'spatial'/'tissue_positions.csv', **how)
+    is_right(read_section(outs), spots, .5)
+
+def test_counts_of_another_section(outs, spots):
+    "One in ten barcodes is known, as two arrays of one make share some"
+    write_mtx(outs/'filtered_feature_bc_matrix', spots.assign(barcode=spots.barcode.where(spots.index % 10 == 0, spots.barcode + 'x')))
+    refused('only 20 of 196 spots with counts have a position.*Nine in ten must match', read_section, outs)
 
 def test_positions_in_parquet(outs, spots):
     pytest.importorskip('pyarrow')

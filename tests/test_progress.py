@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
     monkeypatch.setattr(model, 'forward', forward)
     monkeypatch.setattr(model, 'look', forward)
     example = torch.zeros(20, 3, 8, 8), torch.zeros(20, 2, dtype=torch.long), torch.zeros(20, 5)
-    with pytest.raises(InputError, match=r'Training takes more memory than .*: about 0\.0 GB.*Give fewer or smaller sections'): fit(model, [example], 1, device='cpu')
+    with pytest.raises(InputError, match=r'Training takes more memory than .*: about 0\.0 GB.*Give sections of fewer spots'): fit(model, [example], 1, device='cpu')
     with pytest.raises(InputError, match=r'Predicting 20 places takes more memory.*Predict in tiles'): foretell(model, [(np.arange(20), None)], 'cpu', 'auto')
 
 def test_what_takes_long_is_said(monkeypatch, capsys):

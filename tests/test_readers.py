@@ -112,7 +112,7 @@ def last_twice(text): return text + text.splitlines()[-1]
     (POSITIONS, None, 'the positions are missing', {}),
     (FACTORS, lambda t: t[:20], 'cannot be read as JSON', {}),
     (FACTORS, replace(('55.0', '-1')), 'spot_diameter_fullres is -1;', {}),
-    (FACTORS, replace(('0.5', '1.5')), 'H1: spot .* is outside the image tissue_hires', dict(name='H1')),
+    (FACTORS, replace(('0.5', '1.5')), 'its scale is 0.5, and the scale factors say 1.5', dict(name='H1')),
     (POSITIONS, str, 'cropped.png: .* does not have the shape', dict(image='cropped.png')),
     (POSITIONS, str, 'empty.csv: cannot be read as an image', dict(image='empty.csv')),
     (COUNTS, None, 'the counts are missing: neither', {}),
@@ -235,7 +235,7 @@ H5AD = dict(
     outside=(lambda s: s.obsm.update(spatial=s.obsm['spatial']*2), 'is outside the image X1.jpg'),
     one_place=(lambda s: s.obs.update(dict(array_col=s.obs.array_col*0)), 'array position 0x0 occurs twice'),
     no_file=(lambda s: spatial(s)['metadata'].update(source_image_path='gone.tif'), 'there is no such image'),
-    two_names=(lambda s: s.uns['spatial'].update(H2=spatial(s)), r"this AnnData has 2: \['H1', 'H2'\]"),
+    two_names=(lambda s: s.uns['spatial'].update(H2=spatial(s)), 'has 2 sections, H1, H2, and no column of obs'),
     text=(lambda s: s.uns['spatial'].update(H1='text'), r"\['H1'\] does not hold images"),
     no_factors=(lambda s: spatial(s).pop('scalefactors'), 'spot_diameter_fullres.* is missing'),
     no_width=(lambda s: factors(s, spot_diameter_fullres=0.), 'a spot diameter of 0.0 pixels'))
@@ -303,6 +303,19 @@ def test_visium_hd(tmp_path, photograph):
         assert np.array_equal(s.X.toarray(), counts[inside]) and np.array_equal(s.obs, places.loc[inside, ['array_row', 'array_col']])
         assert np.allclose(s.obsm['spatial'], places.loc[inside, ['pxl_col_in_fullres', 'pxl_row_in_fullres']]/2)
         assert s.uns['spatial'][section_name(s)]['scalefactors']['spot_diameter_fullres'] == side/2
+
+@pytest.mark.parametrize('times', [1, 2, 5])
+def test_coarser_bins(tmp_path, photograph, times):
+    "Where spaceranger's larger bins lie, with all counts of those in them; and the same after it was written"
+    from histogene_nb.readers import coarser
+    s = read_section(write_outs(tmp_path/'binned_outputs'/f'square_{SIDE:03}um', photograph), verbose=False)
+    wider, known = coarser(s, times), grid_of(photograph, SIDE*times)[0].set_index(['array_col', 'array_row'])
+    wider.write_h5ad(tmp_path/'wider.h5ad')
+    for found in wider, read_section(tmp_path/'wider.h5ad', verbose=False):
+        at = known.loc[list(map(tuple, found.obs[['array_col', 'array_row']].to_numpy()))]
+        assert np.allclose(found.obsm['spatial'], at[['pxl_col_in_fullres', 'pxl_row_in_fullres']]*s.uns['histogene']['image_scale']) and (found.X.sum(0) == s.X.sum(0)).all()
+        assert place(found).diameter == times*place(s).diameter and found.uns['histogene']['spot_um'] == times*SIDE and len(found) <= len(s)
+    for wrong,match in ((0, '1 or more, not 0'), (-2, 'not -2')): refused(match, coarser, s, wrong)
 
 def test_visium_hd_bins_are_chosen_by_the_user(tmp_path, photograph):
     pytest.importorskip('pyarrow')

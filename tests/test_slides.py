@@ -1,5 +1,5 @@
 "Slides: images read by region, and images too large to be read: `TiledImage`, `SlideImage`, `open_image`"
-import io, os, re, struct, subprocess, sys, time, zlib
+import io, os, re, struct, subprocess, sys, time, zlib, warnings
 from contextlib import redirect_stdout
 from functools import partial
 import imagecodecs, numpy as np, pytest, tifffile
@@ -439,3 +439,14 @@ def test_what_libraries_print_of_a_damaged_tiff(tmp_path, capfd):
     capfd.readouterr()
     with pytest.raises(InputError), open_image(tmp_path/'a.tif') as im, decoding(tmp_path/'a.tif'): small_copy(im)
     assert capfd.readouterr().err == ''
+
+def test_what_pillow_warns_of_a_damaged_tiff(tmp_path):
+    "A tag that claims more than the file holds: where the image can be read, not a word"
+    Image.fromarray(PIXELS).save(tmp_path/'a.tif', description='about it')
+    data = bytearray((tmp_path/'a.tif').read_bytes())
+    at = data.index(struct.pack('<HH', 270, 2))
+    data[at+4:at+8] = struct.pack('<I', 10**9)
+    (tmp_path/'a.tif').write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with open_image(tmp_path/'a.tif') as im, decoding(tmp_path/'a.tif'): assert (np.asarray(im) == PIXELS).all()
