@@ -154,8 +154,7 @@ IDEAS = {'expression as it is, each gene on its own': dict(target='Y', patterns=
          'nuclei and colours too': dict(see=('textures', 'nuclei', 'colours')),
          'nuclei and colours too, threefold weight': dict(see=('textures', 'nuclei', 'colours'), weight=3.),
          'predictions smoothed, spot and neighbours alike': dict(smooth=1),
-         'predictions smoothed, neighbours threefold': dict(smooth=3),
-         'predicted scores rescaled, as on inner folds': dict(slopes=True)}
+         'predictions smoothed, neighbours threefold': dict(smooth=3)}
 
 def inputs(found, training, see, weight, within, without_depth, **_):
     "What goes into the regression, of all sections: standardised; of training sections without depth, if so asked"
@@ -185,17 +184,6 @@ def regress(H, T, found, training, tested):
     seen, scores = {s: H[s] @ X.T @ vector for s in tested}, vector.T @ T
     return {a: {s: seen[s] @ (scores/(value + a*X.shape[1])[:, None]) for s in tested} for a in ALPHAS}
 
-def slopes(found, rests, training, how):
-    "By how much each predicted score falls short, over training sections left out in turn, at a penalty of 3; 1 with a single one"
-    if len(training) == 1: return 1.
-    xy, xx = 0, 0
-    for t in training:
-        others = [s for s in training if s != t]
-        T, _ = coded(found, rests, training, [], **{**how, 'patterns': 'training'})
-        P = found[t].left @ regress(inputs(found, others, **how), T, found, others, [t])[3.][t]
-        xy, xx = xy + (P*T[t]).mean(0), xx + (P*P).mean(0)
-    return (xy/xx).clip(0)
-
 def tried(found, rests, change):
     "Mean r beyond depth: (training sections, tested section, patterns, penalty) -> r"
     how, r = {**USUAL, **change}, {}
@@ -203,11 +191,10 @@ def tried(found, rests, change):
         training = [s for s in sections if s in training]
         tested = [s for s in sections if s not in training]
         T, basis = coded(found, rests, training, tested, **how)
-        scale = slopes(found, rests, training, how) if change.get('slopes') else 1.
         for a,by in regress(inputs(found, training, **how), T, found, training, tested).items():
             for s,P in by.items():
                 for k in RANKS if basis is not None else (0,):
-                    predicted = P if basis is None else (P*scale)[:, :k] @ basis[:k]
+                    predicted = P if basis is None else P[:, :k] @ basis[:k]
                     if m := how['smooth']: predicted = (predicted + m*(found[s].near @ predicted))/(1 + m)
                     r[frozenset(training), s, k, a] = mean_r(found[s], predicted)
     return r

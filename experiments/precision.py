@@ -4,8 +4,7 @@
     HISTOGENE_DATA=... python experiments/precision.py runs 0      one seed
     HISTOGENE_DATA=... python experiments/precision.py runs loss   B4's run in float32, for its losses
 
-The same runs in float32 are the leaderboard's. A run takes some eight minutes of one core where it has instructions for
-bfloat16. What is interrupted goes on, and runs that are in the tables already stay there.
+The same runs in float32 are the leaderboard's. A run takes a quarter of an hour of one core. What is interrupted goes on, and runs that are in the tables already stay there.
 """
 import sys, time
 from functools import partial

@@ -21,7 +21,7 @@ from histogene_nb.fold_tables import mean_measures
 from histogene_nb.folds import finished_folds, fold_name, provenance
 from histogene_nb.her2st import read_her2st
 from histogene_nb.methods import baselines, depth_maps, ridges, texture_model
-from leaderboard import sections as full
+from leaderboard import sections as full, write_table
 
 results, command = Path(histogene_nb.__file__).parent/'results'/'three_patients', 'experiments/three_patients.py'
 reduced = ['A1', 'A2']
@@ -48,8 +48,8 @@ def write(out):
     "The tables of all folds that are done"
     folds = finished_folds(out)
     results.mkdir(exist_ok=True)
-    mean_measures(folds).round(5).to_csv(results/'measures.csv', index=False)
-    pd.DataFrame([{'fold': fold_name(f['test']), 'training': '+'.join(f['training']), **{k: f.get(k) for k in KEPT}} for f in folds]).to_csv(results/'folds.csv', index=False)
+    write_table(mean_measures(folds).round(5), 'measures', ['method', 'fold', 'section', 'seed'], results)
+    write_table(pd.DataFrame([{'fold': fold_name(f['test']), 'training': '+'.join(f['training']), **{k: f.get(k) for k in KEPT}} for f in folds]), 'folds', ['method', 'fold', 'seed'], results)
 
 def main(folder, *seeds):
     start, out = time.perf_counter(), Path(folder)

@@ -37,18 +37,23 @@ def _samples(file):
     return [_sample(file, f'{file}, line {n}', row) for n,row in rows]
 
 # %% ../nbs/runs/commands.ipynb #6af35bf4
+def _beside(file, where, path):
+    "A path of the table: from the table's folder, or a whole one"
+    try: return file.parent/Path(path).expanduser()
+    except RuntimeError as e: raise InputError(f'{where}: {path}: {e} Give the whole path.') from e
+
 def _sample(file, where, row):
     "A line of the table, checked; its paths are relative to the table"
     more = row.pop(None, None)
     row = {k: v.strip() for k,v in row.items() if v and v.strip()}
     if more: raise InputError(f'{where}: there are more cells than columns. Quote what has commas in it.')
     if 'path' not in row: raise InputError(f'{where}: there is no path. Give the section one.')
-    beside = file.parent/Path(row['path']).expanduser()
+    beside = _beside(file, where, row['path'])
     own = row['path'] != beside.name                   # ./C3 is a path, where C3 may be a published section
     if own or beside.exists() or beside.suffix:
         row['path'] = os.path.join('.'*(own and str(beside) == beside.name), beside)
     if 'image' in row:
-        row['image'] = str(file.parent/row['image'])
+        row['image'] = str(_beside(file, where, row['image']))
         if not Path(row['image']).is_file():
             raise InputError(f'{where}: there is no image {row["image"]}. Check the path.')
     if set('/\\') & set(row.get('name', '')):
@@ -191,7 +196,8 @@ def _model_folder(out, goes_on):
     made, begun = (out/'config.json').exists(), (out/'training.safetensors').exists()
     # with both, a training was killed at its very end, and goes on to that
     if (out/'model.safetensors').exists() and not (made or begun): raise InputError(
-        f'{out}: there is model.safetensors of another program. Choose another folder with --out.')
+        f'{out}: there is model.safetensors of another program, or of a training killed as it was saved. '
+        'Choose another folder with --out, or delete that file.')
     if made and not (begun and goes_on): raise InputError(
         f'{out}: there is a trained model already, and it is left as it is. '
         'Choose another folder with --out, or delete this one.')
@@ -222,10 +228,14 @@ def _check_training(training, more, max_spots, trust_folds):
 
 def _say_scales(data):
     "A line where sections have images of different scales"
+    import numpy as np
     from histogene_nb.sections import place, section_name
-    a, b = (f(data, key=lambda s: place(s).diameter) for f in (min, max))
+    um = [s.uns.get('histogene', {}).get('spot_um') for s in data]
+    # pixels a micrometre, if known
+    scale = [place(s).diameter/(u if all(um) else 1) for s,u in zip(data, um)]
+    a, b = (data[int(f(scale))] for f in (np.argmin, np.argmax))
     wide = [f'{place(s).diameter:.3g} pixels wide in {section_name(s)}' for s in (a, b)]
-    if place(b).diameter > 1.5*place(a).diameter: print(
+    if max(scale) > 1.5*min(scale): print(
         f'LOOK at the images: a spot is {" and ".join(wide)}. Give images of one scale.')
 
 # %% ../nbs/runs/commands.ipynb #d13ceb45
@@ -313,7 +323,7 @@ def histogene_train(
     if 'error' in how_well and how_well['error'] < how_well['mean_error']:
         print(learned(net))  # else train_on has said it
     change = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}' if losses else 'trained'
-    layers = f", layers in {how_well['precision']}" if kind.rounds else ''
+    layers = f", layers in {how_well['precision']}" if 'precision' in how_well else ''
     print(f'{change} in {time.perf_counter() - start:.0f} s{layers}; model in {out}')
 
 # %% ../nbs/runs/commands.ipynb #1283dca9
@@ -535,7 +545,9 @@ def _to_draw(found, predictions, genes, section, root):
     if section is not None:
         measured = _read(dict(path=section), root)
         names = [section_name(s) for s in (first, measured)]
-        if len(set(names)) > 1: print('LOOK: predicted was {}, measured is {}. Are they one section?'.format(*names))
+        same = any(f.obs_names.equals(measured.obs_names) for f in found)     # under another name
+        if len(set(names)) > 1 and not same:
+            print('LOOK: predicted was {}, measured is {}. Are they one section?'.format(*names))
         shown = [g for g in shown if g in measured.var_names]
         if not shown:
             raise InputError(f'{section}: none of the {first.n_vars} predicted genes is in this section. '
@@ -777,8 +789,8 @@ def histogene_demo(
     from histogene_nb.tissue import synthetic_sections
     start, out = time.perf_counter(), Path(out)
     command = _command('histogene_demo', str(out))
-    if (out/'model').exists() and not (out/'sections').exists(): raise InputError(
-        f'{out}: there is a folder model already, and histogene_demo did not make it. '
+    if out.exists() and any(out.iterdir()) and not (out/'sections'/'X1.jpg').exists(): raise InputError(
+        f'{out}: there are files already, and histogene_demo did not make them. '
         'Choose another folder with --out.')
     names = ['X1', 'X2', 'Y1', 'Y2', 'Z1', 'Z2']
     *training, held_out = synthetic_sections(out/'sections', names, seed)

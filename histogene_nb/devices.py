@@ -301,7 +301,8 @@ def about_device(
 def computes_on()->str: # in words
     "The device that is chosen unless another is given, and its precision"
     device = default_device()
-    return f'computes on {device_name(device)} ({device.type}) in {precision_on(device)}'
+    large = ', large models in bfloat16'*(device.type == 'cpu' and fast_bfloat16())
+    return f'computes on {device_name(device)} ({device.type}) in {precision_on(device)}{large}'
 
 # %% ../nbs/runs/devices.ipynb #30e19e75
 @contextmanager

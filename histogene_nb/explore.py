@@ -86,7 +86,8 @@ Float64Array.from(every.data.weight.slice(start, start + n), b => 2**((b - 128)/
 
 # %% ../nbs/judging/explore.ipynb #4b1d0a31
 # a ring around what the keyboard is at; the parts of a figure see no style of the page around it
-_FOCUS = ':host(:focus-visible), :focus-visible { outline: 3px solid #1f66b6 !important; outline-offset: -3px }'
+_FOCUS = (':host(:focus-visible), :focus-visible '
+          '{ outline: 3px solid #1f66b6 !important; outline-offset: -3px }')
 
 def _arrow_keys(fig, spots, target):
     "Once the map stands: arrow keys choose the nearest spot in their direction"
@@ -194,6 +195,7 @@ def resolution_slider(
     fig.add_layout(ColorBar(color_mapper=colors, title=expression_unit(next(iter(levels.values())))), 'right')
     slider = Slider(start=0, end=max(len(levels) - 1, 1), value=0, step=1, show_value=False,
                     title=next(iter(levels)), width=size - 60, stylesheets=[_FOCUS])
-    draw = CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider, fig=fig, gene=gene), code=_SLIDE)
+    draw = CustomJS(args=dict(marks=marks, labels=list(levels), slider=slider, fig=fig, gene=gene),
+                    code=_SLIDE)
     slider.js_on_change('value', draw)
     return column(slider, fig, tags=[draw])

@@ -87,7 +87,8 @@ def _why(section, missing):
         return (f' {len(other)} of them are there in another case, such as {there} for {g}: another species, '
                 'or names that a program changed.')
     near = difflib.get_close_matches(str(missing[0]), list(known), 3, .7)
-    return f' The nearest names are {", ".join(near)}.' if near else f' Its genes are called such as {genes[0]}.'
+    if near: return f' The nearest names are {", ".join(near)}.'
+    return f' Its genes are called such as {genes[0]}.'
 
 # %% ../nbs/idea/expression.ipynb #77352f8a
 def common_genes(

@@ -58,7 +58,8 @@ def not_the_file(
     "What lies in a file's place, where a download went wrong, and what to do"
     with suppress(OSError), open(path, 'rb') as f:
         head = f.read(100).lstrip().lower()
-        if head.startswith(b'version https://git-lfs'): return 'It is a pointer of Git LFS: git lfs pull fetches the file.'
+        if head.startswith(b'version https://git-lfs'):
+            return 'It is a pointer of Git LFS: git lfs pull fetches the file.'
         if head.startswith((b'<!doctype', b'<html')): return 'It is a web page: download the file itself.'
     return ''
 

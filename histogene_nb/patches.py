@@ -224,7 +224,7 @@ def _scanned(picture):
 
 # %% ../nbs/idea/patches.ipynb #18c41025
 def tissue_mask(
-    thumbnail:np.ndarray, # (h, w, 3), the whole image in about 500 to 2000 pixels across; as `as_rgb` takes it
+    thumbnail:np.ndarray, # (h, w, 3), the whole image, about 500 to 2000 pixels across; see `as_rgb`
 )->np.ndarray: # bool (h, w), True where there is tissue
     "Tells tissue from glass: tissue is rough, glass (white, smeared or black) is smooth"
     thumbnail = _scanned(np.asarray(as_rgb(np.asarray(thumbnail))))

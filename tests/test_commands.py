@@ -370,7 +370,7 @@ def test_pictures_of_others_stay(predictions, files, tmp_path, kind):
 def test_models_of_others_stay(files, tmp_path):
     (tmp_path/'m').mkdir(); (tmp_path/'m'/'model.safetensors').write_bytes(b'mine'); (tmp_path/'model').mkdir()
     with pytest.raises(InputError, match='there is model.safetensors of another program'): histogene_train([str(files/'X1.h5ad')], out=str(tmp_path/'m'))
-    with pytest.raises(InputError, match='a folder model already, and histogene_demo did not make it'): commands.histogene_demo(out=str(tmp_path))
+    with pytest.raises(InputError, match='files already, and histogene_demo did not make them'): commands.histogene_demo(out=str(tmp_path))
     assert (tmp_path/'m'/'model.safetensors').read_bytes() == b'mine' and len(list(tmp_path.iterdir())) == 2
 
 def test_images_of_two_scales_and_a_plot_of_two_sections_are_said(model, files, predictions, tmp_path, capsys):

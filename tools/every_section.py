@@ -42,7 +42,7 @@ def main(home):
             if not refused:
                 section = dict(section=given['section']) if 'section' in given else {}
                 printed2, refused = said(histogene_plot, [str(out)], out=str(out.with_suffix('.png')), **section)
-            row = dict(path=path, model=kind, read=printed.strip().splitlines()[0] if printed else '', refused=refused.replace(str(DATA), '…'), seconds=round(time.perf_counter() - start, 1))
+            row = dict(path=path, model=kind, read=printed.strip().splitlines()[0] if printed.strip() else '', refused=refused.replace(str(DATA), '…'), seconds=round(time.perf_counter() - start, 1))
             if not refused and out.exists(): row['predicted'] = '{} x {}'.format(*ad.read_h5ad(out).shape)
             rows.append(row)
             if not refused: break
@@ -53,7 +53,7 @@ def main(home):
             printed, refused = said(histogene_predict, str(home/kind), samples=str(table), out=str(home/'tables'), device='cpu')
             out = home/'tables'/f'{Path(path).name}.h5ad'
             if not refused: _, refused = said(histogene_plot, [str(out)], out=str(home/f'{path.replace("/", "_")}.png'))
-            rows.append(dict(path=path, model=kind, read=printed.strip().splitlines()[0], refused=refused, predicted='{} x {}'.format(*ad.read_h5ad(out).shape) if not refused else ''))
+            rows.append(dict(path=path, model=kind, read=printed.strip().splitlines()[0] if printed.strip() else '', refused=refused, predicted='{} x {}'.format(*ad.read_h5ad(out).shape) if not refused else ''))
         else: run(path, 'section', [kind] if kind else ['human', 'mouse'], section=str(DATA/path))
     for image,wide in [('slides/cmu-1-small-region.svs', 110), ('slides/tcga-cr-7395-01a-01-ts1.svs', 220), ('slides/kidney-48-5.tif', 60), *((f'cscc/P2_{i}_0.0625.jpg', 14) for i in (1, 2, 3))]:
         run(image, 'image', ['human'], image=str(DATA/image), spot_diameter=wide)
