@@ -387,6 +387,29 @@ def test_images_of_two_scales_and_a_plot_of_two_sections_are_said(model, files, 
         histogene_plot([str(files/'spots.h5ad')], section=str(files/f'{name}.h5ad'), out=str(tmp_path/'maps.png'))
         assert ('predicted was Y1, measured is X1' in capsys.readouterr().out) == said
 
+def test_a_plot_beside_its_own_section_under_another_name(model, files, table, tmp_path, capsys):
+    histogene_predict(str(model), samples=table('path,name', f'{files/"Y1.h5ad"},mine'), out=str(tmp_path/'p'))
+    capsys.readouterr()
+    histogene_plot([str(tmp_path/'p'/'mine.h5ad')], section=str(files/'Y1.h5ad'), out=str(tmp_path/'maps.png'))
+    assert 'LOOK' not in capsys.readouterr().out
+
+def test_a_model_of_ones_own_that_has_no_precision(files, tmp_path, monkeypatch, capsys):
+    (tmp_path/'of_mine.py').write_text("""import torch
+from histogene_nb.interface import SpotModel
+class Mean(SpotModel):
+    def __init__(self, n_genes):
+        super().__init__(n_genes=n_genes)
+        self.mean = torch.nn.Parameter(torch.zeros(n_genes))
+    def look(self, section, cache=None): return torch.zeros(len(section), 1),
+    def forward(self, nothing): return nothing + self.mean
+    def learn(self, examples, sections, seed=0, device=None, checkpoint=None):
+        self.mean.data = torch.cat([y for *_,y in examples]).mean(0)
+        return [1., 1.]
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    histogene_train([str(files/'X1.h5ad')], model='of_mine:Mean', out=str(tmp_path/'m'), n_top=40, min_spots=5)
+    assert 'model in' in capsys.readouterr().out and (tmp_path/'m'/'model.safetensors').exists()
+
 def test_a_section_teaches_once(files, tmp_path):
     with pytest.raises(InputError, match='X1.h5ad is given twice'): histogene_train([str(files/'X1.h5ad'), str(files/'..'/files.name/'X1.h5ad')], out=str(tmp_path/'m'))
 
