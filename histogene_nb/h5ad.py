@@ -177,14 +177,17 @@ LIBRARY = 'library_id', 'library', 'sample', 'sample_id', 'batch'
 def _one_library(section, path, library):
     "The spots of one section, where a file holds several; `InputError` where it is not clear which"
     found, obs = section.uns['spatial'], section.obs
-    several = [c for c in LIBRARY if c in obs and 1 < obs[c].nunique() <= len(obs)/4]
-    if len(found) == 1 and several and not library: raise InputError(
+    of_places = [c for c in LIBRARY if c in obs and c not in ('sample', 'batch')]  # one may have several
+    several = [c for c in of_places if 1 < obs[c].nunique() <= len(obs)/4 and len(found) == 1]
+    named = [c for c in several if library in found and library in set(obs[c].astype(str))]
+    if several and not named: raise InputError(
         f"obs['{several[0]}'] names {obs[several[0]].nunique()} sections, such as {obs[several[0]].iloc[0]}, "
         "and uns['spatial'] has no entry for each. Give it one (ad.concat with uns_merge='unique'), or each a "
         "file of its own.")
     if len(found) < 2 and library is None: return section
     words = [c for c in obs if not pd.api.types.is_numeric_dtype(obs[c])]
     column = next((c for c in [*LIBRARY, *words] if c in obs and set(obs[c].astype(str)) <= set(found)), None)
+    if named: column = named[0]                                     # others have no picture
     if column is None and len(found) > 1: raise InputError(
         f"uns['spatial'] has {len(found)} sections, {', '.join(found)}, and no column of obs says which spots "
         "are whose. Add one, library_id.")
@@ -308,7 +311,7 @@ def _as_section(section, path, image, library):
     if not h.get('patient'): section.uns['histogene']['patient'] = _patient(section)
     check_section(section)
     if 'spot_um' not in h and _on_visium(section): note_um(section, 50)
-    return count_on_tissue(section if by or chosen else without_glass(section), compared)
+    return count_on_tissue(section if by or chosen else without_glass(section, compared), compared)
 
 # %% ../nbs/tissue/h5ad.ipynb #873f15e3
 def _kept(section):

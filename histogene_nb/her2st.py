@@ -213,9 +213,9 @@ _YES, _NO = ['1', '1.0', 'true'], ['0', '0.0', 'false', 'nan', 'none', '<na>', '
 def _words(column): return column.astype(str).str.strip().str.lower()
 
 def _flags(table):
-    "The column that says which spots are tissue, or None; one called tissue holds Seurat's flags, or words"
+    "The column that says which spots are tissue, or None; tissue does beside Seurat's columns"
     known = next((c for c in ('in_tissue', 'selected') if c in table), None)
-    if known or 'tissue' not in table: return known
+    if known or not {'tissue', 'imagerow', 'imagecol'} <= set(table): return known
     words = _words(table.tissue)
     return 'tissue' if words.isin(_YES + _NO).all() and words.isin(_YES).any() else None
 

@@ -75,9 +75,16 @@ def _upright(path, image):
     with decoding(path): return ImageOps.exif_transpose(image)
 
 # %% ../nbs/tissue/images.ipynb #b5dad339
-def _open_whole(path, frame=0):
+@contextmanager
+def _pillow_quiet():
+    "Without Pillow's warnings, of large or damaged files: we say ourselves"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        warnings.filterwarnings('ignore', category=UserWarning, module='PIL')
+        yield
+
+def _open_whole(path, frame=0):
+    with _pillow_quiet():
         return _opened_whole(path, frame)
 
 def _opened_whole(path, frame):
@@ -103,9 +110,7 @@ def decoding(
 ):
     "Turn what Pillow, OpenSlide or a decoder raises inside into an `InputError` about the image"
     try:
-        with warnings.catch_warnings():                             # Pillow's, of a damaged file: we say ourselves
-            warnings.simplefilter('ignore')
-            yield
+        with _pillow_quiet(): yield
     except InputError: raise
     except MemoryError as e:
         raise InputError(f'{path}: there is too little memory to decode this image. Close other programs, '
@@ -402,8 +407,10 @@ def open_image(
                          'download_her2st.')
     try: opened = _open_slide(path) or _open_tiles(path) or _open_whole(path)
     except InputError as e:
-        if path.suffix.lower() not in UNREAD: raise
-        raise InputError(f'{path}: this is a {path.suffix[1:]} file that cannot be read here. Export it as a TIFF.') from e
+        if path.suffix.lower() not in UNREAD or not_the_file(path): raise
+        why = str(e.__cause__ or '') or str(e).removeprefix(f'{path}: ')
+        raise InputError(f'{path}: this is a {path.suffix[1:]} file that cannot be read here ({why}). '
+                         'Export it as a TIFF.') from e
     with opened as image: yield image
 
 # %% ../nbs/tissue/images.ipynb #b53c7e18

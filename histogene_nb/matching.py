@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'SMOOTH', 'WAYS', 'ADVICE', 'details', 'alike', 'turned', 'thumbnail', 'section_picture', 'image_scale',
-           'spot_shares', 'count_on_tissue', 'image_notes']
+           'spot_shares', 'wrong_way', 'count_on_tissue', 'image_notes']
 
 # %% ../nbs/tissue/matching.ipynb #a061a084
 from functools import lru_cache
@@ -151,12 +151,19 @@ def _dark(spatial, picture, scale):
     grey = float(np.median(at.mean(-1)))
     return f'it is dark where the spots are ({grey:.0f} of 255): is it of fluorescence?'*(grey < 60)
 
+def wrong_way(
+    shares:dict, # of `spot_shares`
+)->bool: # so many more spots would lie on tissue that the image cannot be meant
+    "Whether an image is turned or mirrored, by the spots alone"
+    return shares['as it is'] < .5 and max(shares.values()) > shares['as it is'] + .25
+
 def _doubts(section, path, shares):
     "What is odd about the way round of an image, by the spots alone; `InputError` where it cannot be meant"
     n, own, best = len(section), shares['as it is'], max(shares, key=shares.get)
     found = (f'{round(own*n)} of {n} spots lie on tissue; if it were {best}, '
              f'{round(shares[best]*n)} would')
-    if own < .5 and shares[best] > own + .25: raise InputError(f'{path}: {found}. {ADVICE}')
+    if wrong_way(shares): raise InputError(f'{path}: {found}. {ADVICE} If this is the one, say in a column '
+                                           'in_tissue which spots are on tissue (1, else 0).')
     if own < .5: return f'only {round(own*n)} of {n} spots lie on tissue: is it theirs, and at this scale?'
     return found if shares[best] > own + .1 else ''
 

@@ -37,14 +37,14 @@ def read_section(
     return section
 
 # %% ../nbs/tissue/readers.ipynb #81fc438b
-_PACKED = '.tar', '.gz', '.tgz', '.zip'
+_PACKED = '.tar', '.tar.gz', '.tgz', '.zip'
 _OTHERS = '.rds', '.rdata', '.h5seurat', '.loom', '.cloupe', '.gef', '.gem', '.h5mu'
 
 def _no_section(path):
     "Raise `InputError` with what to give, where a file or a folder is no section"
     kind = path.suffix.lower()
     if path.is_file(): raise InputError(f'{path}: ' + (
-        'this is packed. Unpack it, and give the folder.' if kind in _PACKED else
+        'this is packed. Unpack it, and give the folder.' if path.name.lower().endswith(_PACKED) else
         f'{kind} is not read. Write an .h5ad file, or tables of counts and coordinates.' if kind in _OTHERS else
         'if AnnData wrote this, call it .h5ad; if spaceranger did, give the folder that it is in.' if kind == '.h5' else
         'a section is an .h5ad file or a folder; give the folder that this file is in.'))
@@ -58,7 +58,7 @@ def _no_section(path):
     if sections: raise InputError(f'{path}: what is in this folder are sections. Give one: '
                                   f'{", ".join(map(str, sections[:3]))}{", …"*(len(sections) > 3)}.')
     for f in inside:
-        if f.suffix.lower() in _PACKED + _OTHERS: _no_section(f)
+        if f.name.lower().endswith(_PACKED + _OTHERS): _no_section(f)
 
 def _read(source, image, root, verbose):
     path, more = look_for(source, root), dict(image=image, verbose=verbose)

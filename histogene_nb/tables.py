@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from .files import InputError, reading
 from .her2st import chosen_spots, join_report
 from .images import SLIDES, UNREAD, open_image
-from .matching import count_on_tissue, image_notes, section_picture, spot_shares
+from .matching import count_on_tissue, image_notes, section_picture, spot_shares, wrong_way
 from .patches import in_tissue, tissue_mask
 from .sections import new_section, on_image, place
 
@@ -67,19 +67,20 @@ def one_file(
     needed:bool=True, # whether it is an error if there is none
 )->Path|None: # None if there is none and none is needed
     "The one file in a folder that fits; `InputError` where several do, or a needed one is missing"
+    other = []
     for p in patterns:
-        found = sorted(f for f in folder.iterdir()
-                       if fnmatch.fnmatch(f.name.lower(), p) and f.name[0] not in '._' and f != but
-                       and (f.is_dir() if suffixes is None else f.is_file() and _suffix(f) in suffixes))
+        named = sorted(f for f in folder.iterdir()
+                       if fnmatch.fnmatch(f.name.lower(), p) and f.name[0] not in '._' and f != but)
+        found = [f for f in named
+                 if (f.is_dir() if suffixes is None else f.is_file() and _suffix(f) in suffixes)]
         if len(found) > 1:
             raise InputError(f'{folder}: {len(found)} files could be the {what}: '
                              f'{", ".join(f.name for f in found)}. Say which, or leave one of them there.')
         if found: return found[0]
-        other = [f for f in folder.iterdir() if fnmatch.fnmatch(f.name.lower(), p) and suffixes and f.is_file()
-                 and f.name[0] not in '._' and f != but]
-        if other and needed: raise InputError(
-            f'{other[0]}: the {what} would be here by its name, but {other[0].suffix or "a file without ending"} is not read. '
-            f'Save them as {suffixes[0]}.')
+        other += [f for f in named if suffixes and f.is_file()]
+    if other and needed: raise InputError(
+        f'{other[0]}: the {what} would be here by its name, but '
+        f'{other[0].suffix or "a file without ending"} is not read. Save them as {suffixes[0]}.')
     if needed:
         raise InputError(f'{folder}: the {what} are missing: no file here fits {" or ".join(patterns)}. '
                          'Check the folder.')
@@ -291,6 +292,7 @@ def read_report(
 # %% ../nbs/tissue/tables.ipynb #670848ab
 def without_glass(
     section:AnnData, # whose makers do not say which spots are in tissue; with a picture, or none
+    compared:str|None=None, # as in `count_on_tissue`: None where the spots alone say which way round it is
 )->AnnData: # the spots on tissue; `uns['histogene']` has `on_glass`, how many were left out
     """A section without the spots that lie on glass in its picture, if these are more than one in ten.
 
@@ -301,7 +303,7 @@ def without_glass(
     except InputError: return section                       # of one colour: nothing tells glass from tissue
     on = in_tissue(section.obsm['spatial'], mask, picture.shape[1]/size[0])
     shares = spot_shares(section.obsm['spatial'], picture, picture.shape[1]/size[0])
-    turned = max(shares.values()) > on.mean() + .1             # said when spots are counted
+    turned = compared is None and wrong_way(shares)              # refused when spots are counted
     if on.mean() >= .9 or not on.any() or turned: return section
     section = section[on].copy()
     section.uns['histogene']['on_glass'] = int((~on).sum())

@@ -130,13 +130,25 @@ def test_a_file_of_several_sections(made, tmp_path, column):
     for astray in tmp_path/'s.csv'/'A', tmp_path/'none.h5ad'/'A': refused('there is no such folder', read_section, astray)
 
 def test_spots_of_several_sections_with_the_picture_of_one(made, tmp_path):
-    s = several(made, tmp_path, keys=None, column='batch', uns_merge='first')
+    s = several(made, tmp_path, keys=None, uns_merge='first')
     some = np.r_[:110:2, 111:220:2]                                           # no two of them at one place
-    for part in s, s[some].copy(), several(made, tmp_path, column='batch'):
-        refused(r"obs\['batch'\] names 2 sections, such as A, and uns\['spatial'\] has no entry for each", read_section, written(part, tmp_path/'s.h5ad'))
+    for part in s, s[some].copy(), several(made, tmp_path):
+        refused(r"obs\['library_id'\] names 2 sections, such as A, and uns\['spatial'\] has no entry for each", read_section, written(part, tmp_path/'s.h5ad'))
+    s = several(made, tmp_path, uns_merge='unique')
+    del s.uns['spatial']['B']
+    both = written(s, tmp_path/'both.h5ad')
+    found = read_section(both/'A')
+    assert set(found.obs.library_id) == {'A'}
+    found.obs_names = found.obs_names.str[:-2]
+    right(made, found)
+    for given in both, both/'B': refused('has no entry for each', read_section, given)
     s = several(made, tmp_path, uns_merge='unique')
     del s.obs['library_id']
     refused('has 2 sections, A, B, and no column of obs says', read_section, written(s, tmp_path/'s.h5ad'))
+
+@pytest.mark.parametrize('column', ['batch', 'sample'])
+def test_one_section_may_have_several_batches(made, tmp_path, column):
+    right(made, read_section(h5ad(made, tmp_path/'s.h5ad', lambda s: s.obs.__setitem__(column, ['x', 'y']*55))))
 
 def test_what_is_no_section_is_answered_with_what_to_give(made, tmp_path):
     (tmp_path/'cohort').mkdir()
@@ -150,6 +162,7 @@ def test_what_is_no_section_is_answered_with_what_to_give(made, tmp_path):
     refused('if AnnData wrote this, call it .h5ad', read_section, tmp_path/'x.h5')
     refused('these are counts without positions', read_section, tmp_path/'m')
     (tmp_path/'cohort'/'C'/'counts.csv').rename(tmp_path/'cohort'/'C'/'counts.xlsx')
+    for name in 'counts.tsv.gz', 'matrix.mtx.gz': (tmp_path/'m'/name).touch(); refused('give the folder that this file is in', read_section, tmp_path/'m'/name)
     refused('counts.xlsx: .* but .xlsx is not read. Save them as .csv', read_section, tmp_path/'cohort'/'C')
 
 @pytest.mark.parametrize('kind,text', [('.zattrs', '[]'), ('.zattrs', '"anndata"'), ('zarr.json', '{"attributes": 3}'), ('zarr.json', '7')])
@@ -194,6 +207,7 @@ def test_how_wide_a_spot_is(made, published, tmp_path):
 def test_tables_heed_what_is_in_tissue(made, tmp_path, capsys, column, yes, no):
     spots = made[1].rename(columns=dict(in_tissue=column))
     spots[column] = np.where(spots[column] == 1, yes, no)
+    if column == 'tissue': spots = spots.rename(columns=dict(pixel_x='imagecol', pixel_y='imagerow'))      # Seurat's
     s = right(made, read_section(tables(made, tmp_path/'t', spots)))
     assert s.uns['histogene']['not_in_tissue'] == 110 - len(s) > 20 and f'{len(s)} of 110 on tissue by {column}' in capsys.readouterr().out
 
@@ -210,6 +224,19 @@ def test_a_column_tissue_may_be_something_else(made, tmp_path, word):
     right(made, read_section(h5ad(made, tmp_path/'s.h5ad', lambda s: s.obs.__setitem__('tissue', word))))
     s = read_section(tables(made, tmp_path/'t', made[1].drop(columns='in_tissue').assign(tissue=word), image=False))
     assert len(s) == 110 and 'tissue_by' not in s.uns['histogene']
+
+def test_numbers_in_a_column_tissue_are_flags_beside_those_of_seurat_alone(made, tmp_path):
+    bare = made[1].drop(columns='in_tissue').assign(tissue=[0, 1]*55)
+    assert len(read_section(tables(made, tmp_path/'t', bare, image=False))) == 110
+
+@pytest.mark.parametrize('first,kept', [(.27, True), (.45, False)])
+def test_spots_on_glass_beside_tissue_off_the_centre(made, tmp_path, first, kept):
+    "More of the grid would be tissue in the mirror: glass is left out all the same, unless most spots lie on it"
+    part = made[1][made[1].pixel_x > first*PX]
+    bare = tables(made, tmp_path/'t', part.drop(columns='in_tissue'))
+    if kept: assert read_section(bare).uns['histogene']['on_glass'] > 20
+    else: refused('if it were .* in a column in_tissue which spots', read_section, bare)
+    right(made, read_section(tables(made, tmp_path/'t', part)), part.in_tissue.sum())
 
 def test_odd_flags_are_refused(made, tmp_path):
     for value,match in (('maybe', "in_tissue of a spot is 'maybe'"), (0, 'none of its 110 spots is in tissue')):
@@ -544,6 +571,13 @@ def test_zarr_and_gz(made, tmp_path):
 @pytest.mark.parametrize('names', [('MOB1_stdata.tsv', 'MOB1_selection.tsv'), ('GSM4284316_P2_stdata.tsv.gz', 'GSM4284316_spot_data-selection-P2.tsv.gz'), ('MOB1.tsv', 'MOB1_selection.tsv'),
                                    ('MOB1.tsv', 'spot_data-selection-MOB1.tsv'), ('Counts.csv', 'Coordinates.csv'), ('spot_counts.csv', 'spots.csv'), ('expression.csv', 'tissue_positions.csv')])
 def test_names_of_tables(made, tmp_path, names): right(made, read_section(tables(made, tmp_path/'t', names=names)))
+
+@pytest.mark.parametrize('beside,names', [('spots.png', ('counts.csv', 'C3_selection.tsv')), ('coordinate_systems.json', ('counts.csv', 'tissue_positions.csv')),
+                                          ('tissue_positions.csv.bak', ('counts.csv', 'tissue_positions_list.csv'))])
+def test_names_of_other_files_beside_tables(made, tmp_path, beside, names):
+    folder = tables(made, tmp_path/'t', names=names, image=False)
+    shutil.copy(made[0]/'he.png', folder/beside)
+    right(made, read_section(folder))
 
 def test_tables_that_are_missing(made, tmp_path):
     folder = tables(made, tmp_path/'t', names=('a.csv', 'coordinates.csv'))

@@ -1,5 +1,5 @@
 "People's own sections, as they really come: which image is meant, pixels of every kind, Visium folders of all ages; what is read is right, the rest is refused in words"
-import gzip, io, json, os, shutil, zlib
+import gzip, io, json, os, shutil, warnings, zlib
 from pathlib import Path
 import imagecodecs, numpy as np, pandas as pd, pytest, tifffile
 from PIL import Image
@@ -294,12 +294,20 @@ def test_cells_are_not_bins(outs):
 def test_images_of_other_programs_are_not_called_damaged(outs, suffix):
     (outs/f'he{suffix}').write_bytes(b'ZISRAWFILE' + bytes(3000) if suffix == '.czi' else bytes(3000))
     assert 'damaged' not in refused(f'this is a {suffix[1:]} file.*Export it as a TIFF', read_section, outs, image=outs/f'he{suffix}')
+    if suffix == '.jxl': refused('cannot identify image file', read_section, outs, image=outs/'he.jxl')
 
 @pytest.mark.parametrize('text,match', [('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n', 'It is a pointer of Git LFS'), ('\n<!DOCTYPE html><html>Sign in', 'It is a web page')])
 def test_what_was_downloaded_is_not_the_file(outs, tmp_path, text, match):
-    for name in 'he.tif', 'he.jpg', 's.h5ad': (tmp_path/name).write_text(text)
-    for name in 'he.tif', 'he.jpg': refused(f'{name}: cannot be read as an image .*{match}', read_section, outs, image=tmp_path/name)
+    for name in 'he.tif', 'he.jpg', 'he.czi', 'he.pdf', 's.h5ad': (tmp_path/name).write_text(text)
+    for name in 'he.tif', 'he.jpg', 'he.czi', 'he.pdf': refused(f'{name}: cannot be read as an image .*{match}', read_section, outs, image=tmp_path/name)
     refused(f's.h5ad: cannot be read as an .h5ad file .*{match}', read_section, tmp_path/'s.h5ad')
+
+@pytest.mark.parametrize('category,module,quiet', [(UserWarning, 'PIL.TiffImagePlugin', True), (Image.DecompressionBombWarning, 'PIL.Image', True), (UserWarning, 'mine', False), (RuntimeWarning, 'mine', False)])
+def test_warnings_of_pillow_alone_are_hidden(category, module, quiet):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        with decoding('he.tif'): warnings.warn_explicit('odd', category, 'file.py', 1, module)
+    assert len(said) == 1 - quiet
 
 def test_what_is_no_image(outs, tmp_path):
     (tmp_path/'he.zarr').mkdir()
