@@ -44,7 +44,7 @@ def _pictures(images, factors):
         names = f'tissue_{k}_scalef', f'tissue_{plain}_scalef', f'{plain}_scalef'
         scale = next((factors[f] for f in names if f in factors), 1. if plain == 'fullres' else None)
         if isinstance(scale, float) and scale > 0 and np.size(image) > 1: found.append((k, image, scale))
-    plain = [f for f in found if re.sub('_?image_?', '', str(f[0])) in _WHOLE]         # others: a part, a mask
+    plain = [f for f in found if re.sub('_?image_?', '', str(f[0])) in _WHOLE]   # not a part, a mask
     return sorted(plain or found, key=lambda f: -np.size(f[1]))
 
 def _stem(file): return file.name.split('.h5ad')[0]
@@ -379,7 +379,7 @@ def _load(path):
 
 # %% ../nbs/tissue/h5ad.ipynb #f196b33c
 def read_h5ad(
-    path:str|Path, # of a file .h5ad or .h5ad.gz, or a section in it, `all.h5ad/A1`; or of a store of AnnData's
+    path:str|Path, # of an .h5ad or .h5ad.gz file, or a section in it, `all.h5ad/A1`; or of AnnData's store
     image:str|Path|None=None, # full-resolution image; the one that the file names or carries unless given
     verbose:bool=True, # print what was read and left out
 )->AnnData: # the spots in tissue; positions in pixels of the image used

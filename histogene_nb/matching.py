@@ -142,7 +142,8 @@ def _misplaced(section, size):
              f'{reach:.0%} of the image: are their positions in pixels of a smaller picture?')
     if reach < 1/3: return found, min(pitch, wide) < 16 or pitch < wide/1.5
     odd = wide > 1.05*pitch or wide < pitch/np.median(steps)/10
-    return f'spots are {wide:.3g} pixels wide and lie {pitch:.3g} apart: are both of one scale?'*bool(odd), False
+    said = f'spots are {wide:.3g} pixels wide and lie {pitch:.3g} apart: are both of one scale?'
+    return said*bool(odd), False
 
 def _dark(spatial, picture, scale):
     "What is odd about a picture that is dark where spots are, as of fluorescence"

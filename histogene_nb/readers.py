@@ -87,7 +87,8 @@ def coarser(
     array = section.obs[['array_col', 'array_row']].to_numpy()
     if times < 1: raise InputError(f'times is how many spots make one along a side, 1 or more, not {times}.')
     if len(section) > 1 and len(np.unique(array.sum(1) % 2)) == 1:
-        raise InputError(f'{place(section).name}: on a hexagonal array, spots make no larger ones. Leave it as it is.')
+        raise InputError(f'{place(section).name}: on a hexagonal array, spots make no larger ones. '
+                         'Leave it as it is.')
     found, which = np.unique(array//times, axis=0, return_inverse=True)
     join = sparse.csr_matrix((np.ones(len(array), np.float32), (which.ravel(), np.arange(len(array)))))
     to_pixels = np.linalg.lstsq(np.c_[array, np.ones(len(array))], section.obsm['spatial'], rcond=None)[0]

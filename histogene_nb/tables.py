@@ -185,8 +185,8 @@ def _counts_table(path):
     table.index = pd.Index(names)
     text = [c for c,t in zip(table.columns, table.dtypes) if not pd.api.types.is_numeric_dtype(t)]
     if text and table.shape[1] < 5: raise InputError(
-        f'{path}: {text[0]} holds {table[text[0]].iloc[0]!r}, and there are {table.shape[1] + 1} columns. Is this a '
-        'list with a line a count? Make a table of it, a row a spot and a column a gene (pandas: pivot_table).')
+        f'{path}: {text[0]} holds {table[text[0]].iloc[0]!r}, and there are {table.shape[1] + 1} columns. '
+        'Is this a list with a line a count? Make a table of it, a row a spot, a column a gene (pandas: pivot_table).')
     if text: as_numbers(table, text, path)
     return table.astype(np.float32)
 
@@ -373,7 +373,7 @@ def patient_of(
     "Whose tissue it is"
     named = {str(c).lower(): c for c in table}
     found = [table[named[p]].dropna().astype(str).unique() for p in PATIENT if p in named]
-    return next((re.sub(r'^(\d+)\.0$', r'\1', f[0]) for f in found if len(f) == 1), '')     # pandas's 7.0 is 7
+    return next((re.sub(r'^(\d+)\.0$', r'\1', f[0]) for f in found if len(f) == 1), '')   # pandas's 7.0 is 7
 
 def _kept(numbers, row, inside, by, pixels, path):
     "Which spots with counts have a position and are in tissue; and how many are left out"

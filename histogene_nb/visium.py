@@ -223,7 +223,8 @@ def _in_tissue(counts, places, folder):
     inside = placed & counts.obs_names.isin(places.index[places.in_tissue])
     n, few = int(placed.sum()), min(len(counts), len(places))
     if 0 < n < .9*few: raise InputError(
-        f'{folder}: only {n} of {len(counts)} spots with counts have a position; {counts.obs_names[~placed][0]} has '
+        f'{folder}: only {n} of {len(counts)} spots with counts have a position; '
+        f'{counts.obs_names[~placed][0]} has '
         f'none, the first is of {places.index[0]}. Are they of the same section? Nine in ten must match.')
     if inside.any(): return placed, inside
     raise InputError(f'{folder}: none of the {len(counts)} spots with counts, such as '
@@ -264,7 +265,7 @@ def read_visium(
                                     empty_spots=int((section.X.sum(1) == 0).sum()))
     _note_width(section, factors)
     if way_round(section.obsm['spatial'], section.obs[['array_col', 'array_row']]) == 'swapped':
-        doubt = '; '.join([*[doubt]*bool(doubt), 'x follows array_row and y array_col: are columns exchanged?'])
+        doubt = '; '.join([*[doubt]*bool(doubt), 'x follows array_row, y array_col: are columns exchanged?'])
     count_on_tissue(section, doubt)
     if verbose: print(read_report(section))
     return section
