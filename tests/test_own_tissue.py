@@ -135,8 +135,8 @@ OWN_PICTURES = {'hires of another section': (redrawn(lambda f: tissue(2, .72), '
                 'hires turned': (redrawn(lambda f: f[::-1, ::-1], 'hires'), 'would fit .* if it were turned by 180 degrees'), 'both of another section': (redrawn(lambda f: tissue(2, .78), 'hires', 'lowres'), '21 of 67 spots lie on tissue; if it were'),
                 'a scale factor of another': (factors(tissue_hires_scalef=.25), 'beside tissue_lowres_image.png its scale is 0.5, and the scale factors say 0.25')}
 DOUBTFUL = {'factors of another': (factors(tissue_hires_scalef=.3, tissue_lowres_scalef=.075), '40 of 67 spots lie on tissue; if'), "the fiducials' width": (factors(spot_diameter_fullres=144.5), 'spots are 72.2 pixels wide and lie 20 apart'),
-            "a width in pixels of a picture": (factors(spot_diameter_fullres=2.), 'spots are 1 pixels wide and lie 20 apart'), 'pixels exchanged': (renamed(**EXCHANGED), 'x follows array_row and y array_col'),
-            'rows for columns': (renamed(array_row='array_col', array_col='array_row'), 'x follows array_row and y array_col'), 'in fluorescence': (redrawn(lambda f: np.where((f < 240).all(-1, keepdims=True), f//4, 3).astype(np.uint8), 'hires', 'lowres'), 'it is dark where the spots are')}
+            "a width in pixels of a picture": (factors(spot_diameter_fullres=2.), 'spots are 1 pixels wide and lie 20 apart'), 'pixels exchanged': (renamed(**EXCHANGED), 'x follows array_row, y array_col'),
+            'rows for columns': (renamed(array_row='array_col', array_col='array_row'), 'x follows array_row, y array_col'), 'in fluorescence': (redrawn(lambda f: np.where((f < 240).all(-1, keepdims=True), f//4, 3).astype(np.uint8), 'hires', 'lowres'), 'it is dark where the spots are')}
 
 @pytest.mark.parametrize('case', OWN_PICTURES)
 def test_own_pictures_are_asked_too(outs, full, spots, case):

@@ -156,7 +156,7 @@ def test_colab_cell(there, about, monkeypatch, capsys):
     monkeypatch.setattr(builtins, '__import__', imported)
     exec(colab.setup(), dict(get_ipython=Shell))
     assert asked == ([] if there else [('pip', f"install -q git+{about['git_url']}")])
-    assert re.fullmatch(r'computes on .+ \((cpu|mps|cuda)\) in (float32|bfloat16|float16)\n', capsys.readouterr().out)
+    assert re.fullmatch(r'computes on .+ \((cpu|mps|cuda)\) in (float32|bfloat16|float16)(, large models in bfloat16)?\n', capsys.readouterr().out)
 
 def test_addresses(about):
     "Links to the project's own repository are those of settings.ini"
