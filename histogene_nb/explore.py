@@ -13,8 +13,8 @@ from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.events import DocumentReady, Tap
 from bokeh.layouts import column, row
-from bokeh.models import (ColorBar, ColumnDataSource, CustomJS, LinearColorMapper, LogColorMapper, Select,
-                          Slider)
+from bokeh.models import (ColorBar, ColumnDataSource, CustomJS, FixedTicker, LinearColorMapper,
+                          LogColorMapper, Select, Slider)
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from IPython.display import HTML
@@ -130,7 +130,8 @@ def attention_explorer(
     fig.circle(x='x', y='y', radius=width/2, source=spots,
                fill_color=dict(field='weight', transform=colors), line_color=None)
     fig.circle(x='x', y='y', radius=.75*width, source=target, **_TARGET)
-    fig.add_layout(ColorBar(color_mapper=colors, title='times even attention'), 'right')
+    ticks = FixedTicker(ticks=[.5, 1, 2, 5, 10, 20, 50])               # 1: even
+    fig.add_layout(ColorBar(color_mapper=colors, title='times even attention', ticker=ticks), 'right')
     fig.stylesheets = [_FOCUS]
     fig.html_attributes = {'tabindex': '0', 'role': 'slider', 'aria-label': 'spot; arrow keys choose another',
                            'aria-valuemin': '0', 'aria-valuemax': f'{n - 1}', 'aria-valuenow': f'{first}',
