@@ -25,6 +25,7 @@ from histogene_nb.her2st import her2st_catalogue, read_her2st
 from histogene_nb.small_cnn import SmallCNN
 
 results = Path(histogene_nb.__file__).parent/'results'/'leaderboard'
+KEPT = ('method', 'seed', 'rank', 'alpha', 'parameters', 'n_training_spots', 'seconds', 'peak_memory_GB', 'command', 'histogene_nb', 'torch', 'device', 'threads', 'date')      # of what made a fold
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 slow = {'HisToGene': partial(histogene, precision='float32'), 'ST-Net': partial(spot_model, kind='ST-Net', backbone='efficientnet_lite0', patch_size=112)}
 own = {'small CNN': SmallCNN}        # its settings were chosen before any of these sections was looked at
@@ -56,8 +57,7 @@ def write(out):
     folds = finished_folds(out)
     results.mkdir(exist_ok=True)
     write_table(mean_measures(folds).round(5), 'measures', ['method', 'fold', 'section', 'seed'])
-    kept = ('method', 'seed', 'rank', 'alpha', 'parameters', 'n_training_spots', 'seconds', 'peak_memory_GB', 'command', 'histogene_nb', 'torch', 'device', 'threads', 'date')
-    write_table(pd.DataFrame([{'fold': fold_name(f['test']), **{k: f.get(k) for k in kept}} for f in folds]), 'folds', ['method', 'fold', 'seed'])
+    write_table(pd.DataFrame([{'fold': fold_name(f['test']), **{k: f.get(k) for k in KEPT}} for f in folds]), 'folds', ['method', 'fold', 'seed'])
     inner = [pd.DataFrame(f['inner_folds']).melt(['rank', 'alpha'], var_name='left_out', value_name='r').assign(fold=fold_name(f['test'])) for f in folds if f['method'] == 'texture' and f['seed'] == 0 and f['inner_folds']]
     if inner: write_table(pd.concat(inner), 'inner_folds', ['fold', 'left_out', 'rank', 'alpha'])
 

@@ -20,12 +20,16 @@ results = Path(histogene_nb.__file__).parent/'results'
 sections = ['B4', 'C2', 'C3', 'C4', 'C5']
 settings = ['--panel', 'published_panel_785.csv', '--backbone', 'efficientnet_lite0', '--stnet_px', '112', '--gene_sets', 'c2.cp.v7.0.gmt', '--ray', 'local', '--cores', '1']
 
-def reduced_a1(folder):
-    "A1 on its reduced image"
-    image = np.array(Image.open(data_folder()/'reduced'/'A1_HE_image_dark.png').convert('RGB'))
+def white_around(name, folder):
+    "A reduced image of patient A without what is no tissue, into a folder"
+    image = np.array(Image.open(data_folder()/'reduced'/f'{name}_HE_image_dark.png').convert('RGB'))
     image[image.max(2) < 10] = 255
     image[:545, 1485:] = 255                                     # the inset
-    Image.fromarray(image).save(folder/'A1.png')
+    Image.fromarray(image).save(folder/f'{name}.png')
+
+def reduced_a1(folder):
+    "A1 on its reduced image"
+    white_around('A1', folder)
     full, scale = read_her2st(data_folder(), 'A1', verbose=False), 2000/6954
     return new_section(full.X, full.var_names, full.obs_names, full.obsm['spatial']*scale, full.obs.array_col, full.obs.array_row, 'A1', 'A', folder/'A1.png', 112*scale,
                        full.uns['histogene']['source'], full.obs.annotation)

@@ -10,8 +10,7 @@ The tables go into the package's results/three_patients, with what made them.
 import shutil, sys, time
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd
-from PIL import Image
+import pandas as pd
 import histogene_nb
 from histogene_nb.commands import reader
 from histogene_nb.crossval import cross_validate
@@ -21,7 +20,8 @@ from histogene_nb.fold_tables import mean_measures
 from histogene_nb.folds import finished_folds, fold_name, provenance
 from histogene_nb.her2st import read_her2st
 from histogene_nb.methods import baselines, depth_maps, ridges, texture_model
-from leaderboard import sections as full, write_table
+from real_runs import white_around
+from leaderboard import KEPT, sections as full, write_table
 
 results, command = Path(histogene_nb.__file__).parent/'results'/'three_patients', 'experiments/three_patients.py'
 reduced = ['A1', 'A2']
@@ -32,16 +32,11 @@ def without_chance(*args, **how):
     return sum((f(*args, **how)[0] for f in (baselines, depth_maps, ridges, texture_alone)), []), {}
 
 trained = {'texture': partial(texture_model, label='texture')}
-KEPT = ('method', 'seed', 'rank', 'alpha', 'parameters', 'n_training_spots', 'seconds', 'peak_memory_GB', 'command', 'histogene_nb', 'torch', 'device', 'threads', 'date')
 
 def whitened(folder):
     "The two pictures of A without what is no tissue; and where A2's spots lie on its own"
     folder.mkdir(parents=True, exist_ok=True)
-    for s in reduced:
-        image = np.array(Image.open(data_folder()/'reduced'/f'{s}_HE_image_dark.png').convert('RGB'))
-        image[image.max(2) < 10] = 255
-        image[:545, 1485:] = 255                                     # the inset
-        Image.fromarray(image).save(folder/f'{s}.png')
+    for s in reduced: white_around(s, folder)
     shutil.copy(data_folder()/'reduced'/'A2_selection_on_app_image.tsv', folder)
 
 def write(out):

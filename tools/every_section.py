@@ -4,14 +4,14 @@
 
 The two models (human from C2, mouse from the olfactory bulb's replicate 1) are small and hardly trained: they show that each section goes the whole way, not how well it is predicted.
 """
-import io, os, sys, time
+import io, sys, time
 from contextlib import redirect_stdout
 from pathlib import Path
 import anndata as ad, pandas as pd
 from histogene_nb.commands import histogene_plot, histogene_predict, histogene_train
-from histogene_nb.files import InputError
+from histogene_nb.files import InputError, data_folder
 
-DATA = Path(os.environ['HISTOGENE_DATA'])
+DATA = data_folder().parent
 QUICK = dict(n_top=60, min_spots=20, epochs=3, lr=1e-3, setting=['dim=32', 'depth=1', 'heads=2', 'patch_size=56'], device='cpu')
 
 def samples():
@@ -35,7 +35,7 @@ def main(home):
     for kind,path in dict(human='her2st/C2', mouse='mob/MOB_Rep1').items():
         if not (home/kind).exists(): histogene_train([str(DATA/path)], out=str(home/kind), **QUICK)
     rows = []
-    def run(path, what, models, **given):
+    def run(path, models, **given):
         for kind in models:
             out, start = home/f'{path.replace("/", "_")}.h5ad', time.perf_counter()
             printed, refused = said(histogene_predict, str(home/kind), out=str(out), device='cpu', **given)
@@ -53,10 +53,10 @@ def main(home):
             printed, refused = said(histogene_predict, str(home/kind), samples=str(table), out=str(home/'tables'), device='cpu')
             out = home/'tables'/f'{Path(path).name}.h5ad'
             if not refused: _, refused = said(histogene_plot, [str(out)], out=str(home/f'{path.replace("/", "_")}.png'))
-            rows.append(dict(path=path, model=kind, read=printed.strip().splitlines()[0] if printed.strip() else '', refused=refused, predicted='{} x {}'.format(*ad.read_h5ad(out).shape) if not refused else ''))
-        else: run(path, 'section', [kind] if kind else ['human', 'mouse'], section=str(DATA/path))
+            rows.append(dict(path=path, model=kind, read=printed.strip().splitlines()[0] if printed.strip() else '', refused=refused.replace(str(DATA), '…'), predicted='{} x {}'.format(*ad.read_h5ad(out).shape) if not refused else ''))
+        else: run(path, [kind] if kind else ['human', 'mouse'], section=str(DATA/path))
     for image,wide in [('slides/cmu-1-small-region.svs', 110), ('slides/tcga-cr-7395-01a-01-ts1.svs', 220), ('slides/kidney-48-5.tif', 60), *((f'cscc/P2_{i}_0.0625.jpg', 14) for i in (1, 2, 3))]:
-        run(image, 'image', ['human'], image=str(DATA/image), spot_diameter=wide)
+        run(image, ['human'], image=str(DATA/image), spot_diameter=wide)
     table = pd.DataFrame(rows)
     table.to_csv(home/'every_section.csv', index=False)
     with pd.option_context('display.max_colwidth', None, 'display.width', 250): print(table.to_string())
